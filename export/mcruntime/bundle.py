@@ -1,0 +1,354 @@
+"""The folder that ships: a model, the proof that it is the right one, and a manifest with the hash of every file.
+
+    manifest.json       what this is; sha256 and size of every other file
+    model.onnx          the model
+    certificate.json    the proof that compiling kept the function
+    selftest.npz        images [N, C, H, W] and the trained model's logits [N, num_classes], both float32
+    ...                 reports
+
+The promise: loading, checking and serving a bundle runs no code from it. There is no pickle in it (an .npz is read with
+``allow_pickle=False``), every file is of a kind in ``SUFFIXES``, is a plain file inside the folder, is listed, and is
+byte for byte what was sealed. Hashes find damage and mix-ups; they do not say who sealed the bundle. An .html report is
+for a browser, which trusts it as far as any page: mcruntime never opens one.
+"""
+
+# B = batch, N = images in the self-test, C = channels, H/W = height/width.
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mcruntime.engine import Runner
+from mcruntime.errors import BundleError, InputError, ParityError
+from mcruntime.preprocess import Preprocessing
+
+MANIFEST = "manifest.json"
+CERTIFICATE = "certificate.json"
+SCHEMA_VERSION = 1
+# Data only. A .pt2 or .pt holds pickles and compiled code, so it stays out.
+SUFFIXES = (".onnx", ".data", ".json", ".npz", ".html", ".svg", ".png", ".md", ".txt")
+MAX_NPZ_BYTES = 1 << 30  # of all arrays of one file, unpacked
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Measure = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Total = Annotated[int, Field(ge=0)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+# Plain names, "/" between folders, no leading dot anywhere: nothing that could leave the folder can be written.
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*$")]
+
+
+class Section(BaseModel):
+    """What all parts of the manifest share: no unknown keys, no silent conversions, no changes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class FileFact(Section):
+    """What a file must be."""
+
+    sha256: Sha256
+    bytes: Total
+
+
+class ModelInput(Section):
+    """The model's only input, float32 [B, C, H, W]."""
+
+    name: str
+    shape: tuple[Count, Count, Count]  # C, H, W
+
+
+class ModelOutput(Section):
+    """The model's only output, float32 [B, num_classes]."""
+
+    name: str
+    num_classes: Count
+
+
+class Accuracy(Section):
+    """Share of images classified right, 0 to 1, before (trained) and after (exported)."""
+
+    before: Fraction | None = None
+    after: Fraction | None = None
+    images: Count | None = None  # how many it was measured on
+
+
+class Change(Section):
+    """A count before and after compiling."""
+
+    before: Total
+    after: Total
+
+
+class Parity(Section):
+    """One comparison that ``verify`` made after one hop."""
+
+    hop: str  # e.g. "compile", "onnx"
+    batch: Count
+    images: str  # their kind, e.g. "validation", "noise"
+    max_abs: Measure  # largest difference of a logit
+    cosine: Annotated[float, Field(ge=-1.000001, le=1.000001)]  # smallest over the images
+    top1_agreement: Fraction
+    passed: bool
+
+
+class SelfTest(Section):
+    """What a runner must answer before it may serve."""
+
+    file: FileName = "selftest.npz"
+    max_abs: Annotated[float, Field(gt=0, allow_inf_nan=False)]  # largest difference over the largest |logit|
+
+
+class Manifest(Section):
+    """What a bundle is. ``seal`` fills in ``created`` and ``files``."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # also the model's name on the server
+    created: Annotated[str, Field(pattern=r"^(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ)?$")] = ""  # UTC
+    files: dict[FileName, FileFact] = {}  # every file but the manifest
+    model: FileName = "model.onnx"
+    input: ModelInput
+    output: ModelOutput
+    opset: Count
+    labels: tuple[str, ...]  # of class 0, 1, ...
+    preprocessing: Preprocessing
+    parents: dict[str, Sha256]  # recipe, checkpoint, ...: what this was made from
+    versions: dict[str, str]
+    accuracy: Accuracy = Accuracy()
+    params: Change
+    macs: Change  # multiply-accumulates of one image
+    parity: Annotated[tuple[Parity, ...], Field(min_length=1)]
+    selftest: SelfTest
+    seeds: dict[str, int]
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> Manifest:
+        if len(self.labels) != self.output.num_classes:
+            raise ValueError(f"{len(self.labels)} labels for {self.output.num_classes} classes")
+        if self.input.shape[1:] != (self.preprocessing.image_size,) * 2 or self.input.shape[0] != 3:
+            size = self.preprocessing.image_size
+            raise ValueError(f"input.shape is {list(self.input.shape)}, but images are made as [3, {size}, {size}]")
+        return self
+
+    @property
+    def id(self) -> str:
+        """sha256 of all of it but ``created``: the same content has the same id, whenever it was sealed."""
+        tree = self.model_dump(mode="json", exclude={"created"})
+        text = json.dumps(tree, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle whose every file was checked."""
+
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def model_path(self) -> Path:
+        return self.folder / self.manifest.model
+
+    def selftest(self, runner: Runner) -> float:
+        """Let a runner answer the stored images, all at once and the first alone, as the trained model did.
+
+        Returns:
+            The largest difference of a logit, relative to the largest |logit|.
+
+        Raises:
+            BundleError: the model does not take the images that the manifest describes.
+            ParityError: an answer of another shape, not finite, or further off than the manifest allows.
+        """
+        arrays = _read_npz(self.folder / self.manifest.selftest.file)
+        images, expected = arrays["images"], arrays["logits"]
+        scale = float(np.abs(expected).max()) or 1.0
+        worst = 0.0
+        for batch in (len(images), 1):
+            try:
+                answer = runner.infer(images[:batch])
+            except InputError as error:
+                raise BundleError(f"{self.folder}: the model is not what {MANIFEST} says ({error})") from None
+            if answer.shape != expected[:batch].shape:
+                raise ParityError(
+                    f"{self.folder}: self-test: expected logits {list(expected[:batch].shape)}, got {list(answer.shape)}"
+                )
+            if not np.isfinite(answer).all():
+                raise ParityError(f"{self.folder}: self-test: an output is NaN or infinite; export the bundle again")
+            worst = max(worst, float(np.abs(answer - expected[:batch]).max()) / scale)
+        if worst > self.manifest.selftest.max_abs:
+            raise ParityError(
+                f"{self.folder}: self-test: logits differ from the trained model's by {worst:.1e} of the largest, "
+                f"more than {self.manifest.selftest.max_abs:.1e}; use another provider or export the bundle again"
+            )
+        return worst
+
+
+def seal(folder: Path, manifest: Manifest) -> Manifest:
+    """Hash every file in ``folder``, write the manifest last and in one step, and load the bundle once to be sure.
+
+    A bundle that was not sealed to the end has no manifest and is refused. Sealing twice is allowed.
+
+    Returns:
+        The manifest as written, with ``created`` and ``files``.
+
+    Raises:
+        BundleError: ``load_bundle`` would refuse the folder; no manifest is left in it then.
+    """
+    target, part = folder / MANIFEST, folder / f".{MANIFEST}.part"
+    if not folder.is_dir():
+        raise BundleError(f"{folder}: no such folder; write the model into it before sealing it")
+    target.unlink(missing_ok=True)
+    part.unlink(missing_ok=True)
+    files = {name: FileFact(sha256=_sha256(path), bytes=path.stat().st_size) for name, path in _walk(folder)}
+    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    sealed = manifest.model_copy(update={"created": now, "files": files})
+    text = json.dumps({"id": sealed.id, **sealed.model_dump(mode="json")}, indent=2, ensure_ascii=False)
+    with part.open("w", encoding="utf-8") as stream:
+        stream.write(text + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(part, target)
+    try:
+        return load_bundle(folder).manifest
+    except BundleError:
+        target.unlink(missing_ok=True)
+        raise
+
+
+def load_bundle(path: Path | str) -> Bundle:
+    """Read a bundle and check all that its manifest promises; see the head of this module.
+
+    Raises:
+        BundleError: no such folder or manifest; not JSON, another schema version, a wrong key; a file that is missing,
+            not listed, changed, of another size, not a plain file, or of a kind that does not belong in a bundle; an
+            array file with a pickle in it; a parity check that did not pass. One sentence: what, where, what to do.
+    """
+    folder = Path(path)
+    manifest = _read_manifest(folder)
+    for parity in manifest.parity:
+        if not parity.passed:
+            raise BundleError(f"{folder}: parity after {parity.hop!r} did not pass; export the bundle again")
+    for needed in (manifest.model, manifest.selftest.file, CERTIFICATE):
+        if needed not in manifest.files:
+            raise BundleError(f"{folder}: {MANIFEST} does not list {needed}; export the bundle again")
+    _check_files(folder, manifest.files)
+    for name in manifest.files:
+        if name.endswith(".npz"):
+            _read_npz(folder / name)
+    _check_selftest(folder, manifest)
+    return Bundle(folder, manifest)
+
+
+def _read_manifest(folder: Path) -> Manifest:
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise BundleError(f"{folder}: no such bundle folder; 'mcdeploy prune-export' makes one")
+    if path.is_symlink() or not path.is_file():
+        raise BundleError(f"{folder}: no {MANIFEST}, so this is no bundle or its export did not finish; export it again")
+    try:
+        tree = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        raise BundleError(f"{path}: not readable as JSON; copy the bundle again") from None
+    if not isinstance(tree, dict):
+        raise BundleError(f"{path}: expected a JSON object, got {type(tree).__name__}; copy the bundle again")
+    if tree.get("schema_version") != SCHEMA_VERSION:
+        raise BundleError(
+            f"{path}: schema_version is {tree.get('schema_version')!r}, this mcdeploy reads {SCHEMA_VERSION}; "
+            "use the version that made the bundle, or export it again"
+        )
+    written_id = tree.pop("id", None)
+    try:
+        manifest = Manifest.model_validate_json(json.dumps(tree))  # JSON mode: lists become tuples, the rest is strict
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(str(part) for part in problem["loc"])
+        raise BundleError(f"{path}: {key + ': ' if key else ''}{problem['msg']}; export the bundle again") from None
+    if written_id != manifest.id:
+        raise BundleError(f"{path}: changed after it was sealed (its id does not fit); export the bundle again")
+    return manifest
+
+
+def _check_files(folder: Path, files: dict[str, FileFact]) -> None:
+    found = dict(_walk(folder))
+    for name, fact in files.items():
+        path = found.pop(name, None)
+        if path is None:
+            raise BundleError(f"{folder}: {name} is missing; copy the bundle again")
+        try:
+            size, digest = path.stat().st_size, _sha256(path)
+        except OSError as error:
+            raise BundleError(f"{folder}: {name} cannot be read ({error.strerror}); copy the bundle again") from None
+        if size != fact.bytes:
+            raise BundleError(f"{folder}: {name} has {size} bytes instead of {fact.bytes}; copy the bundle again")
+        if digest != fact.sha256:
+            raise BundleError(f"{folder}: {name} was changed after it was sealed; copy the bundle again")
+    for name in found:
+        raise BundleError(f"{folder}: {name} is not listed in {MANIFEST}; remove it, or export the bundle again")
+
+
+def _walk(folder: Path, prefix: str = "") -> Iterator[tuple[str, Path]]:
+    """Every file but the manifest, as (name with "/", path), in a fixed order; links and odd kinds are refused."""
+    try:
+        entries = sorted(os.scandir(folder / prefix), key=lambda entry: entry.name)
+    except OSError as error:
+        raise BundleError(f"{folder}: {prefix or '.'} cannot be read ({error.strerror}); copy the bundle again") from None
+    for entry in entries:
+        name = f"{prefix}{entry.name}"
+        if entry.is_symlink():
+            raise BundleError(f"{folder}: {name} is a symbolic link; put the file itself there")
+        if entry.is_dir():
+            yield from _walk(folder, f"{name}/")
+        elif not entry.is_file():
+            raise BundleError(f"{folder}: {name} is not a plain file; remove it")
+        elif name != MANIFEST:
+            if not name.endswith(SUFFIXES):
+                raise BundleError(f"{folder}: {name} does not belong in a bundle (only {', '.join(SUFFIXES)}); remove it")
+            yield name, Path(entry.path)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
+    """All arrays of a file, none of which may need a pickle or unpack to more than ``MAX_NPZ_BYTES``."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+        if not all(member.filename.endswith(".npy") for member in members):
+            raise BundleError(f"{path}: holds something that is no array; export the bundle again")
+        if sum(member.file_size for member in members) > MAX_NPZ_BYTES:
+            raise BundleError(f"{path}: unpacks to more than {MAX_NPZ_BYTES >> 20} MiB; export fewer images")
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (OSError, ValueError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+        reason = "holds a pickle" if "allow_pickle" in str(error) else "is not an array file"
+        raise BundleError(f"{path}: {reason}; export the bundle again") from None
+
+
+def _check_selftest(folder: Path, manifest: Manifest) -> None:
+    name = manifest.selftest.file
+    arrays = _read_npz(folder / name)
+    for key, shape in {"images": manifest.input.shape, "logits": (manifest.output.num_classes,)}.items():
+        array = arrays.get(key)
+        if array is None or array.dtype != np.float32 or array.shape[1:] != shape or not len(array):
+            found = "none" if array is None else f"{array.dtype} {list(array.shape)}"
+            wanted = ", ".join(["N", *map(str, shape)])
+            raise BundleError(f"{folder}: {name}: expected {key} float32 [{wanted}], got {found}; export it again")
+        if not np.isfinite(array).all():
+            raise BundleError(f"{folder}: {name}: {key} hold NaN or infinite values; export the bundle again")
+    if len(arrays["images"]) != len(arrays["logits"]):
+        raise BundleError(f"{folder}: {name}: as many logits as images are needed; export the bundle again")

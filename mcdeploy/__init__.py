@@ -1,0 +1,1 @@
+"""mcdeploy: learn which connections of a vision backbone matter, remove the rest, prove it, ship it."""

@@ -1,0 +1,212 @@
+"""WiredStage: a stage that runs by a Topology instead of one block after the other.
+
+It takes the place of the container in the host model and keeps the container's child names, so the host's forward and
+its state-dict keys stay what they were. What a block receives is the business of the stage's ``edges``:
+
+    edges(block, inputs) -> Tensor        inputs: what the block may read, in the order of its sources
+
+``FixedEdges`` joins all inputs; a learned rule brings its own module (``maskconnect.MaskEdges``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal, Protocol
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mcdeploy.connectivity.stages import Source, Stage, candidate_sources
+from mcdeploy.connectivity.topology import Node, StageWiring, Topology
+from mcdeploy.errors import WiringError
+
+Sources = tuple[tuple[Source, ...], ...]  # one entry a block
+Wired = tuple[tuple[Sources, ...], list[nn.Module]]  # what a rule returns: sources and edges, one entry a stage each
+
+
+class Edges(Protocol):
+    """Joins what a block may read into what it receives. An ``nn.Module``, so that gates can live in it."""
+
+    def __call__(self, block: int, inputs: list[Tensor]) -> Tensor: ...
+
+    def active(self) -> tuple[tuple[int, ...], ...]:
+        """For each block the positions, among its sources, that it reads outside training."""
+        ...
+
+
+class FixedEdges(nn.Module):
+    """Sum or mean of all inputs; a single input passes through untouched."""
+
+    def __init__(self, fan_ins: Sequence[int], aggregate: Literal["mean", "sum"]) -> None:
+        super().__init__()
+        self.fan_ins = tuple(fan_ins)
+        self.aggregate = aggregate
+
+    def forward(self, block: int, inputs: list[Tensor]) -> Tensor:
+        joined = inputs[0]
+        for other in inputs[1:]:
+            joined = joined + other
+        return joined / len(inputs) if self.aggregate == "mean" and len(inputs) > 1 else joined
+
+    def active(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple(range(n)) for n in self.fan_ins)
+
+
+class Tape:
+    """The feature maps of one forward pass, by node; shared by the stages of a model that read across stages."""
+
+    def __init__(self) -> None:
+        self.features: dict[Node, Tensor] = {}
+
+
+class WiredStage(nn.Module):
+    """A run of blocks, each fed by ``edges`` from earlier nodes.
+
+    Args:
+        index: position of this stage in the topology.
+        blocks: child name to block, in the order of execution; dead ones may be left in, they are not run.
+        sources: what each block may read.
+        edges: joins them.
+        tape: given when stages read across stages; the last stage passes ``is_last`` and empties it.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        blocks: dict[str, nn.Module],
+        sources: Sources,
+        edges: nn.Module,
+        *,
+        skip: frozenset[int] = frozenset(),
+        tape: Tape | None = None,
+        is_last: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, block in blocks.items():
+            self.add_module(name, block)
+        self.index = index
+        self.block_names = tuple(blocks)
+        self.sources = sources
+        self.edges = edges
+        self.skip = skip
+        self.tape = tape
+        self.is_last = is_last
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: the stage's input, [B, C, H, W] or whatever the host's blocks hand on; returns the last block's output."""
+        features = {} if self.tape is None else self.tape.features
+        features[Node(self.index, 0)] = x
+        for i, name in enumerate(self.block_names, start=1):
+            if i in self.skip:
+                continue
+            inputs = [fetch(features[source.node], source) for source in self.sources[i - 1]]
+            features[Node(self.index, i)] = self.get_submodule(name)(self.edges(i - 1, inputs))
+        output = features[Node(self.index, len(self.block_names))]
+        if self.is_last and self.tape is not None:
+            self.tape.features.clear()
+        return output
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return (self.get_submodule(name) for name in self.block_names)
+
+    def __len__(self) -> int:
+        return len(self.block_names)
+
+    def __getitem__(self, index: int) -> nn.Module:
+        return self.get_submodule(self.block_names[index])
+
+    def wiring(self, name: str) -> StageWiring:
+        """What each block reads outside training."""
+        edges: Edges = self.edges  # type: ignore[assignment]
+        reads = tuple(
+            tuple(sources[position].node for position in positions)
+            for sources, positions in zip(self.sources, edges.active(), strict=True)
+        )
+        return StageWiring(name, self.block_names, reads)
+
+
+def fetch(feature: Tensor, source: Source) -> Tensor:
+    """A feature map as its reader needs it: average-pooled and zero-padded in channels, [B, C, H, W]."""
+    if source.pool > 1:
+        feature = F.avg_pool2d(feature, source.pool)
+    if source.pad:
+        feature = F.pad(feature, (0, 0, 0, 0, 0, source.pad))
+    return feature
+
+
+def wired_stages(model: nn.Module) -> dict[str, WiredStage]:
+    """The wired stages of a model by module path, in the order of execution."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, WiredStage)}
+    return dict(sorted(found.items(), key=lambda item: item[1].index))
+
+
+def topology_of(model: nn.Module) -> Topology:
+    """The wiring that a wired model runs outside training.
+
+    Raises:
+        WiringError: the model is not wired.
+    """
+    stages = wired_stages(model)
+    if not stages:
+        raise WiringError(f"{type(model).__name__} is not wired; call mcdeploy.wire first")
+    aggregate = next(iter(stages.values())).edges.aggregate
+    return Topology(tuple(stage.wiring(name) for name, stage in stages.items()), aggregate)  # type: ignore[arg-type]
+
+
+def install(
+    model: nn.Module, stages: tuple[Stage, ...], sources: tuple[Sources, ...], edges: Sequence[nn.Module]
+) -> None:
+    """Replace the containers of ``stages`` by wired ones, in place. One entry of ``sources`` and ``edges`` a stage."""
+    across = any(source.node.stage != s for s, rows in enumerate(sources) for row in rows for source in row)
+    tape = Tape() if across else None
+    for s, stage in enumerate(stages):
+        container = model.get_submodule(stage.name)
+        blocks = {name: container.get_submodule(name) for name in stage.blocks}
+        wired = WiredStage(s, blocks, sources[s], edges[s], tape=tape, is_last=s == len(stages) - 1)
+        model.set_submodule(stage.name, wired.train(container.training))
+
+
+    if all(isinstance(module, FixedEdges) for module in edges):
+        fix(model, topology_of(model))
+
+
+def fix(model: nn.Module, topology: Topology) -> None:
+    """Make a wired model run ``topology`` for good: gates go, dead blocks stay in the model but are not run.
+
+    Raises:
+        WiringError: the topology does not belong to this model.
+    """
+    stages = wired_stages(model)
+    if list(stages) != [stage.name for stage in topology.stages]:
+        raise WiringError(f"the topology wires {[s.name for s in topology.stages]}, the model has {list(stages)}")
+    live = topology.live()
+    for (name, stage), wiring in zip(stages.items(), topology.stages, strict=True):
+        if stage.block_names != wiring.blocks:
+            raise WiringError(f"{name}: the topology has blocks {wiring.blocks}, the model {stage.block_names}")
+        offered = [{source.node: source for source in row} for row in stage.sources]
+        try:
+            stage.sources = tuple(
+                tuple(by_node[node] for node in reads) for by_node, reads in zip(offered, wiring.reads, strict=True)
+            )
+        except KeyError as error:
+            raise WiringError(f"{name}: a block cannot read node {error}; its shape does not fit") from None
+        stage.edges = FixedEdges([len(reads) for reads in wiring.reads], topology.aggregate).train(stage.training)
+        stage.skip = frozenset(
+            i for i in range(1, len(stage) + 1) if Node(stage.index, i) not in live
+        )
+
+
+def restore(model: nn.Module, stages: tuple[Stage, ...], topology: Topology, scope: str) -> None:
+    """Wire a fresh backbone with a known topology, as when a checkpoint is loaded.
+
+    Raises:
+        WiringError: the topology does not belong to this model.
+    """
+    by_name = {stage.name: stage for stage in stages}
+    missing = [stage.name for stage in topology.stages if stage.name not in by_name]
+    if missing:
+        raise WiringError(f"the topology wires {missing}, which {type(model).__name__} does not have")
+    chosen = tuple(by_name[stage.name] for stage in topology.stages)
+    sources = candidate_sources(chosen, scope)
+    install(model, chosen, sources, [FixedEdges([len(row) for row in rows], topology.aggregate) for rows in sources])
+    fix(model, topology)

@@ -1,0 +1,385 @@
+"""Train: one visible loop. Learned wirings pass through two phases, joint (weights and gates) and fine-tune (gates frozen).
+
+Everything random in an epoch depends only on (seed, epoch), and the gates' draws only on (seed, step): a run that was
+killed and resumed repeats the losses of one that was not, bit for bit on the same machine.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+import itertools
+import json
+import math
+import random
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
+from torch.utils.tensorboard import SummaryWriter
+
+from mcdeploy.checkpoint import (
+    FILE_NAME,
+    load_checkpoint,
+    pack_optimizer,
+    save_checkpoint,
+    unpack_optimizer,
+    write_atomically,
+)
+from mcdeploy.connectivity.maskconnect import GateOptimizer, gate_values, weights
+from mcdeploy.connectivity.topology import Topology
+from mcdeploy.connectivity.wiring import fix, topology_of
+from mcdeploy.data import Loaders, build_mixup, set_epoch
+from mcdeploy.errors import BackendError, CheckpointError, TrainingError
+from mcdeploy.evaluate import Accuracy, evaluate
+from mcdeploy.recipe import DataConfig, MaskConnectConfig, TrainConfig
+
+FLUSH_EVERY = 10  # steps between looks at the losses; each look waits for the device
+DISTILL_TEMPERATURE = 4.0  # Hinton et al. 2015, https://arxiv.org/abs/1503.02531
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """The trained model, on the CPU, its wiring, and how well it does."""
+
+    model: nn.Module
+    topology: Topology
+    accuracy: Accuracy
+
+
+def train(
+    model: nn.Module,
+    loaders: Loaders,
+    config: TrainConfig,
+    data: DataConfig,
+    *,
+    seed: int,
+    out: Path,
+    gate_config: MaskConnectConfig | None = None,
+    header: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    say: Callable[[str], None] = print,
+) -> TrainResult:
+    """Train a wired model and leave a checkpoint, ``metrics.jsonl`` and TensorBoard files in ``out``.
+
+    Args:
+        model: wired; changed in place.
+        gate_config: given when the wiring is learned.
+        header: what a checkpoint must hold beside the training state: the recipe.
+        resume: continue from the checkpoint in ``out``.
+        say: takes one line of progress at a time; only the main process speaks.
+
+    Raises:
+        TrainingError: the loss became NaN or infinite; a checkpoint could not be written.
+        BackendError: CUDA or a precision was asked for that this machine does not have.
+        CheckpointError: nothing to resume from, or it belongs to another model.
+    """
+    accelerator = _accelerator(config)
+    is_main = accelerator.is_main_process
+    speak = say if is_main else (lambda _: None)
+    teacher = copy.deepcopy(model).eval().to(accelerator.device) if config.distill else None
+
+    model.to(accelerator.device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
+    ema = ModelEmaV3(model, decay=config.ema_decay) if config.ema_decay else None
+    train_loader, val_loader = accelerator.prepare(loaders.train, loaders.val)
+    steps_per_epoch = len(train_loader)
+    mixup = build_mixup(data, len(loaders.classes), config.label_smoothing)
+    loss_of = _loss(config, soft_targets=mixup is not None)
+
+    optimizer = _optimizer(model, config)
+    scheduler = _scheduler(optimizer, config, steps_per_epoch)
+    gates = GateOptimizer(model, gate_config.gate_lr, gate_config.gate_grad, seed) if gate_config else None
+    first_epoch = 0
+    if resume:
+        first_epoch, gates = _resume(out, model, ema, optimizer, gates)
+        speak(f"resuming after epoch {first_epoch} of {config.epochs}")
+    optimizer = accelerator.prepare(optimizer)
+    forward, run = _prepare(accelerator, model, config)
+
+    log = _Log(out, from_epoch=first_epoch) if is_main else None
+    accuracy: Accuracy | None = None
+    with _progress(is_main) as progress:
+        for epoch in range(first_epoch, config.epochs):
+            if gates and epoch == config.joint_epochs:
+                speak(f"epoch {epoch}: freezing the top {gate_config.fan_in if gate_config else ''} gates of every block")
+                accelerator.unwrap_model(forward, keep_fp32_wrapper=False)
+                topology = topology_of(model)
+                gates = None
+                for frozen in (model, ema.module if ema else None):
+                    if frozen is not None:
+                        fix(frozen, topology)
+                forward, run = _prepare(accelerator, model, config)
+                set_epoch(loaders.train, epoch)
+                _reestimate_bn(model, train_loader, config.bn_batches)
+
+            _reseed(seed, epoch, accelerator.process_index)
+            set_epoch(loaders.train, epoch)
+            forward.train()
+            pending: list[Tensor] = []
+            started = time.perf_counter()
+            bar = progress.add_task(f"epoch {epoch + 1}/{config.epochs}", total=steps_per_epoch)
+            epoch_loss = 0.0
+            for step, (images, labels) in enumerate(train_loader):
+                update = epoch * steps_per_epoch + step
+                if mixup:
+                    images, labels = mixup(images, labels)
+                if config.channels_last:
+                    images = images.to(memory_format=torch.channels_last)
+                logits = run(images)
+                loss = loss_of(logits, labels)
+                if teacher is not None:
+                    loss = (1 - config.distill) * loss + config.distill * _distillation(logits, teacher, images)
+                accelerator.backward(loss)
+                if config.clip_grad:
+                    accelerator.clip_grad_norm_(weights(model), config.clip_grad)
+                scale = accelerator.scaler.get_scale() if accelerator.scaler else 1.0
+                lr = optimizer.param_groups[0]["lr"]
+                optimizer.step()
+                if gates and not accelerator.optimizer_step_was_skipped:
+                    gates.step(grad_scale=scale)
+                optimizer.zero_grad()
+                scheduler.step_update(update + 1)
+                if ema:
+                    ema.update(model, step=update)
+                pending.append(loss.detach())
+                progress.advance(bar)
+                if len(pending) == FLUSH_EVERY or step == steps_per_epoch - 1:
+                    losses = accelerator.reduce(torch.stack(pending), "mean").tolist()
+                    first = step - len(losses) + 1
+                    _stop_if_not_finite(losses, epoch, first, lr, out)
+                    epoch_loss += sum(losses)
+                    if log:
+                        log.steps(epoch, epoch * steps_per_epoch + first, losses, lr)
+                    pending = []
+            progress.remove_task(bar)
+
+            evaluated = ema.module if ema else model
+            last = epoch == config.epochs - 1
+            if last or (epoch + 1) % config.eval_every == 0:
+                accuracy = _evaluate(accelerator, evaluated, val_loader, config)
+            if log:
+                log.epoch(epoch, epoch_loss / steps_per_epoch, accuracy, gate_values(model))
+                tensors, values = pack_optimizer(optimizer.optimizer)
+                save_checkpoint(
+                    out / FILE_NAME,
+                    {
+                        **(header or {}),
+                        "epochs_done": epoch + 1,
+                        "frozen": gates is None,
+                        "topology": topology_of(model).to_json(),
+                        "gate_steps": gates.num_steps if gates else 0,
+                        "optimizer": values,
+                        "accuracy": asdict(accuracy) if accuracy else None,
+                        "uses_ema": ema is not None,
+                        "classes": loaders.classes,
+                        "preprocessing": loaders.preprocessing.model_dump(mode="json"),
+                        "versions": {name: importlib.metadata.version(name) for name in ("torch", "timm", "accelerate")},
+                    },
+                    {
+                        **{f"model.{k}": t for k, t in model.state_dict().items()},
+                        **({f"ema.{k}": t for k, t in ema.module.state_dict().items()} if ema else {}),
+                        **{f"optimizer.{k}": t for k, t in tensors.items()},
+                    },
+                )
+            seconds = time.perf_counter() - started
+            shown = f", top-1 {accuracy.top1:.2%}" if accuracy else ""
+            speak(f"epoch {epoch + 1}/{config.epochs}: loss {epoch_loss / steps_per_epoch:.4f}{shown} ({seconds:.0f} s)")
+            accelerator.wait_for_everyone()
+
+    if log:
+        log.close()
+    accelerator.unwrap_model(forward, keep_fp32_wrapper=False)
+    trained = (ema.module if ema else model).cpu().eval()
+    if accuracy is None:  # resumed a finished run
+        accuracy = _evaluate(accelerator, trained, loaders.val, config)
+    accelerator.end_training()
+    return TrainResult(trained, topology_of(trained), accuracy)
+
+
+def _accelerator(config: TrainConfig) -> accelerate.Accelerator:
+    cuda = torch.cuda.is_available()
+    if config.device == "cuda" and not cuda:
+        raise BackendError("train.device: cuda was asked for, but torch sees no CUDA device here; use auto or cpu")
+    use_cpu = config.device == "cpu" or not cuda
+    if config.precision == "fp16" and use_cpu:
+        raise BackendError("train.precision: fp16 needs a CUDA device; on this machine use bf16 or fp32")
+    for state in (AcceleratorState, GradientState, PartialState):  # one process may train several times
+        state._reset_state()
+    return accelerate.Accelerator(
+        cpu=use_cpu,
+        mixed_precision="no" if config.precision == "fp32" else config.precision,
+        # every process takes its slice of one global batch, so the batches do not depend on how many there are
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
+        # blocks that a fixed wiring leaves dead get no gradient
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+
+
+def _prepare(
+    accelerator: accelerate.Accelerator, model: nn.Module, config: TrainConfig
+) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    """The model under accelerate, and what a training step calls: the same, compiled when the recipe says so."""
+    prepared = accelerator.prepare_model(model)
+    return prepared, torch.compile(prepared) if config.compile else prepared
+
+
+def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    keep = {id(parameter) for parameter in weights(model)}
+    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=exempt)
+    groups = [{**group, "params": [p for p in group["params"] if id(p) in keep]} for group in groups]
+    return create_optimizer_v2(groups, opt=config.optimizer, lr=config.lr, weight_decay=0.0, momentum=config.momentum)
+
+
+def _scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, steps_per_epoch: int) -> Any:
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched="step" if config.schedule == "constant" else config.schedule,
+        num_epochs=config.epochs,
+        decay_epochs=config.decay_epochs,
+        decay_rate=1.0 if config.schedule == "constant" else 0.1,
+        min_lr=config.min_lr,
+        warmup_epochs=config.warmup_epochs,
+        warmup_lr=config.lr * 1e-2,
+        step_on_epochs=False,
+        updates_per_epoch=steps_per_epoch,
+    )
+    return scheduler
+
+
+def _loss(config: TrainConfig, soft_targets: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    if soft_targets:
+        return SoftTargetCrossEntropy()
+    return LabelSmoothingCrossEntropy(config.label_smoothing) if config.label_smoothing else nn.CrossEntropyLoss()
+
+
+def _distillation(logits: Tensor, teacher: nn.Module, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        wanted = teacher(images).float() / DISTILL_TEMPERATURE
+    got = F.log_softmax(logits.float() / DISTILL_TEMPERATURE, dim=1)
+    return F.kl_div(got, F.log_softmax(wanted, dim=1), log_target=True, reduction="batchmean") * DISTILL_TEMPERATURE**2
+
+
+def _reestimate_bn(model: nn.Module, loader: Any, num_batches: int) -> None:
+    """The wiring has just changed from a different draw each step to one; BN statistics belong to the old mixture."""
+    if num_batches:
+        update_bn(itertools.islice(iter(loader), num_batches), model)
+
+
+def _evaluate(accelerator: accelerate.Accelerator, model: nn.Module, loader: Any, config: TrainConfig) -> Accuracy:
+    """Every process takes its share of the validation images; the counts are added up."""
+    training = model.training
+    model.eval()
+
+    def infer(images: Tensor) -> Tensor:
+        with accelerator.autocast():
+            logits: Tensor = model(images)
+        return logits
+
+    mine = evaluate(infer, loader)
+    model.train(training)
+    counts = torch.tensor([mine.top1 * mine.images, mine.loss * mine.images, mine.images], device=accelerator.device)
+    correct, loss, images = accelerator.reduce(counts.double(), "sum").tolist()
+    return Accuracy(correct / images, loss / images, int(images))
+
+
+def _resume(
+    out: Path, model: nn.Module, ema: ModelEmaV3 | None, optimizer: torch.optim.Optimizer, gates: GateOptimizer | None
+) -> tuple[int, GateOptimizer | None]:
+    checkpoint = load_checkpoint(out)
+    header = checkpoint.header
+    if header["frozen"] and gates:
+        for learned in (model, ema.module if ema else None):
+            if learned is not None:
+                fix(learned, Topology.from_json(header["topology"]))
+        gates = None
+    try:
+        model.load_state_dict(checkpoint.part("model"))
+        if ema:
+            ema.module.load_state_dict(checkpoint.part("ema"))
+        unpack_optimizer(optimizer, checkpoint.part("optimizer"), header["optimizer"])
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{out}: the checkpoint belongs to another recipe ({error})") from None
+    if gates:
+        gates.resume(header["gate_steps"])
+    return header["epochs_done"], gates
+
+
+def _reseed(seed: int, epoch: int, process: int) -> None:
+    """What is random outside the loaders, such as dropout and mixup, starts anew each epoch."""
+    value = (seed * 1_000_003 + epoch * 1_009 + process) % 2**32
+    random.seed(value)
+    np.random.seed(value)  # noqa: NPY002  timm's mixup draws from the global generator
+    torch.manual_seed(value)
+
+
+def _stop_if_not_finite(losses: list[float], epoch: int, first_step: int, lr: float, out: Path) -> None:
+    for step, loss in enumerate(losses, start=first_step):
+        if not math.isfinite(loss):
+            good = out / FILE_NAME
+            kept = f"the last good checkpoint is {good}" if good.exists() else "there is no checkpoint yet"
+            raise TrainingError(
+                f"the loss became {loss} in epoch {epoch + 1}, step {step} (lr {lr:.3g}); {kept}; "
+                "lower train.lr, set train.clip_grad, or use aggregate: mean"
+            )
+
+
+def _progress(visible: bool) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    progress = Progress(*columns, transient=True)
+    progress.disable = not (visible and progress.console.is_terminal)
+    return progress
+
+
+class _Log:
+    """``metrics.jsonl`` and TensorBoard; rows of epochs that will be run again are dropped."""
+
+    def __init__(self, out: Path, from_epoch: int) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        self.path = out / "metrics.jsonl"
+        old = self.path.read_text().splitlines() if self.path.exists() and from_epoch else []
+        rows = [row for row in old if row.endswith("}") and json.loads(row)["epoch"] < from_epoch]
+        write_atomically(self.path, "".join(f"{row}\n" for row in rows).encode())
+        self.file = self.path.open("a")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # tensorboard's own deprecations
+            self.board = SummaryWriter(out / "tensorboard")
+
+    def steps(self, epoch: int, first: int, losses: list[float], lr: float) -> None:
+        for step, loss in enumerate(losses, start=first):
+            self.file.write(json.dumps({"kind": "step", "epoch": epoch, "step": step, "loss": loss, "lr": lr}) + "\n")
+            self.board.add_scalar("train/loss", loss, step)
+        self.board.add_scalar("train/lr", lr, first)
+
+    def epoch(self, epoch: int, loss: float, accuracy: Accuracy | None, gates: dict[str, list[list[float]]]) -> None:
+        row = {"kind": "epoch", "epoch": epoch, "loss": loss, "gates": gates}
+        if accuracy:
+            row |= {"top1": accuracy.top1, "val_loss": accuracy.loss}
+            self.board.add_scalar("val/top1", accuracy.top1, epoch)
+            self.board.add_scalar("val/loss", accuracy.loss, epoch)
+        for stage, rows in gates.items():
+            for block, values in enumerate(rows, start=1):
+                self.board.add_scalars(f"gates/{stage}.{block}", {str(i): v for i, v in enumerate(values)}, epoch)
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        self.board.flush()
+
+    def close(self) -> None:
+        self.file.close()
+        self.board.close()
