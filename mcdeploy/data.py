@@ -14,11 +14,11 @@ workers inside the sampler's keys; nothing needs to be told to a worker that is 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -110,7 +110,7 @@ def build_loaders(config: DataConfig, batch_size: int, eval_batch_size: int, see
         # A generator of their own, so that starting an epoch draws nothing from torch's global one.
         train=DataLoader(
             train,
-            batch_sampler=BatchSampler(order, batch_size, drop_last=True),
+            batch_sampler=BatchSampler(cast(Any, order), batch_size, drop_last=True),  # its keys are not int
             generator=torch.Generator(),
             **shared,
         ),
@@ -190,15 +190,16 @@ class _TimmSet:
         return f"image {index} of {self.title}"
 
     def read(self, index: int) -> tuple[Image.Image, int]:
-        if isinstance(self.dataset, ImageDataset):
-            # Its reader: the data set itself answers a broken image with the next one and a line in the log.
-            file, label = self.dataset.reader[index]
-            return _open_image(file, self.name(index)), int(label)
+        # Its reader: timm's data set itself answers a broken image with the next one and a line in the log.
+        images = self.dataset.reader if isinstance(self.dataset, ImageDataset) else self.dataset
         try:
-            image, label = self.dataset[index]
+            image, label = images[index]
         except DAMAGE as error:
             raise DataError(f"{self.name(index)}: cannot be read ({error})") from None
-        return image, int(label)
+        if isinstance(image, Image.Image):
+            return image, int(label)
+        with image as file:
+            return _open_image(file, self.name(index)), int(label)
 
 
 def _open_image(file: Any, name: str) -> Image.Image:
@@ -347,10 +348,10 @@ class TrainingImages(Dataset[Any]):
         self.seed = seed
         self.crop, self.recolour = _build_transforms(config)
         self.erase = RandomErasing(config.random_erase, mode="pixel", device="cpu") if config.random_erase else None
-        self.mean = torch.tensor(config.mean).view(3, 1, 1)
-        self.std = torch.tensor(config.std).view(3, 1, 1)
+        self.mean = np.array(config.mean, np.float32).reshape(3, 1, 1)
+        self.std = np.array(config.std, np.float32).reshape(3, 1, 1)
         self.draws = (-1, _draw(seed, 0, 0, 0.0))
-        self.held: tuple[Sequence[Pixels], Tensor] | None = None
+        self.held: tuple[Any, Tensor] | None = None  # pixels as in _pixels, [N, S, S, 3] or a list; labels
         if hold:
             self.held = self._read_all()
 
@@ -383,7 +384,7 @@ class TrainingImages(Dataset[Any]):
                     self.erase(images_BCHW[i])
         return images_BCHW, labels
 
-    def _read_all(self) -> tuple[Sequence[Pixels], Tensor]:
+    def _read_all(self) -> tuple[Any, Tensor]:
         size = self.config.image_size
         count = len(self.source)
         labels = torch.empty(count, dtype=torch.int64)
@@ -403,8 +404,7 @@ class TrainingImages(Dataset[Any]):
             pixels, labels = zip(*(self._read(int(index)) for index in indices), strict=True)
             return list(pixels), torch.tensor(labels)
         held, labels_N = self.held
-        pixels = [held[index] for index in indices] if isinstance(held, list) else held[indices]
-        return pixels, labels_N[indices]
+        return [held[index] for index in indices] if self.crop else held[indices], labels_N[indices]
 
     def _shift_and_flip(self, pixels_BSSC: Pixels, indices: npt.NDArray[np.int64], draws: Draws) -> Pixels:
         """Pad with black and cut at the drawn offset (crop: pad4), mirror what was drawn; [B, 3, S, S]."""
@@ -419,8 +419,12 @@ class TrainingImages(Dataset[Any]):
         return np.where(flipped[:, None, None, None], batch_BCHW[..., ::-1], batch_BCHW)
 
     def _normalise(self, batch_BCHW: Pixels) -> Tensor:
-        images_BCHW = torch.from_numpy(batch_BCHW).to(torch.float32, memory_format=torch.contiguous_format)
-        return images_BCHW.div_(255).sub_(self.mean).div_(self.std)
+        # numpy, as prepare: the same numbers, and no thread pool to wait for on a busy machine.
+        images_BCHW = batch_BCHW.astype(np.float32, order="C")
+        images_BCHW /= np.float32(255)
+        images_BCHW -= self.mean
+        images_BCHW /= self.std
+        return torch.from_numpy(images_BCHW)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import mcdeploy.backbones  # noqa: F401  registers our nets with timm
+from mcdeploy.checkpoint import Checkpoint
 from mcdeploy.connectivity import RULES
 from mcdeploy.connectivity.stages import candidate_sources, find_stages
 from mcdeploy.connectivity.topology import Topology
@@ -138,3 +139,24 @@ def _example(model: nn.Module, image_size: int) -> torch.Tensor:
     parameter = next(model.parameters())
     channels = getattr(model, "default_cfg", {}).get("input_size", (3,))[0]
     return torch.zeros(2, channels, image_size, image_size, device=parameter.device, dtype=parameter.dtype)
+
+
+def restore_trained(
+    checkpoint: Checkpoint, config: ModelConfig, connectivity: ConnectivityConfig, image_size: int
+) -> nn.Module:
+    """The trained, frozen model of a finished run: build, apply the topology, fill. In evaluation mode, on the CPU.
+
+    Raises:
+        CheckpointError: the gates are not frozen yet, or the tensors do not fit.
+    """
+    header = checkpoint.header
+    if not header["frozen"]:
+        raise CheckpointError("the gates of this run are not frozen yet; finish it with 'mcdeploy train ... --resume'")
+    bare = config.model_copy(update={"weights": None, "pretrained": False})
+    topology = Topology.from_json(header["topology"])
+    model = build_model(bare, connectivity, len(header["classes"]), image_size, topology)
+    try:
+        model.load_state_dict(checkpoint.part("ema" if header["uses_ema"] else "model"))
+    except RuntimeError as error:
+        raise CheckpointError(f"the checkpoint does not fit its own recipe: {str(error).splitlines()[0]}") from None
+    return model.eval()

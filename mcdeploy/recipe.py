@@ -109,7 +109,7 @@ class MaskConnectConfig(Section):
     fan_in: Count
     aggregate: Literal["mean", "sum"] = "mean"
     scope: Literal["stage", "network"] = "stage"
-    gate_lr: Positive = 0.05
+    gate_lr: Positive = 0.02
     gate_grad: Literal["raw", "normalised"] = "normalised"
     gate_init: Literal["uniform", "chain"] = "uniform"  # chain: half of the mass on the block before; for trained weights
 
@@ -260,7 +260,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 def _explain(error: ValidationError, tree: Any) -> str:
     """The first problem of a pydantic error as one sentence with key, found value, and the nearest valid key."""
-    problem = error.errors()[0]
+    problem = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")  # a typo explains the rest
     rules = {"chain", "all", "random", "maskconnect"}
     path = [str(part) for i, part in enumerate(problem["loc"]) if not (i == 1 and part in rules)]
     key = ".".join(path)

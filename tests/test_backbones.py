@@ -8,22 +8,25 @@ import torch
 from torch import nn
 
 import mcdeploy.backbones  # noqa: F401 - registers the nets
-from mcdeploy.backbones.cifar_resnet import BasicBlock, SubsampleAndPad
+from mcdeploy.backbones.cifar_resnet import BasicBlock, CifarResNet, SubsampleAndPad
 
 DEPTHS = {"resnet20_cifar": 3, "resnet32_cifar": 5, "resnet44_cifar": 7, "resnet56_cifar": 9, "resnet110_cifar": 18}
 
 
 def scrambled(name: str, **kwargs):
-    """A net in evaluation mode with every parameter and buffer off its default."""
+    return scramble(timm.create_model(name, **kwargs))
+
+
+def scramble(model):
+    """Move every parameter and buffer off its default; evaluation mode."""
     torch.manual_seed(0)
-    model = timm.create_model(name, **kwargs).eval()
     with torch.no_grad():
         for key, value in model.state_dict().items():
             if value.is_floating_point():
                 value.add_(0.1 * torch.randn_like(value))
                 if key.endswith("running_var"):
                     value.abs_()
-    return model
+    return model.eval()
 
 
 def batch_norm_keys(name: str) -> list[str]:
@@ -139,7 +142,7 @@ def test_the_net_starts_as_he_et_al_2015_say():
 
 
 def test_torch_export_keeps_the_batch_dynamic():
-    model = scrambled("resnet_digits")
+    model = scramble(CifarResNet(num_blocks=1))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # inside torch.export
         program = torch.export.export(

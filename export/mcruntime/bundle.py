@@ -24,130 +24,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ValidationError
 
 from mcruntime.engine import Runner
 from mcruntime.errors import BundleError, InputError, ParityError
-from mcruntime.preprocess import Preprocessing
+from mcruntime.manifest import SCHEMA_VERSION, FileFact, Manifest
 
 MANIFEST = "manifest.json"
 CERTIFICATE = "certificate.json"
-SCHEMA_VERSION = 1
 # Data only. A .pt2 or .pt holds pickles and compiled code, so it stays out.
 SUFFIXES = (".onnx", ".data", ".json", ".npz", ".html", ".svg", ".png", ".md", ".txt")
 MAX_NPZ_BYTES = 1 << 30  # of all arrays of one file, unpacked
-
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Measure = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-Total = Annotated[int, Field(ge=0)]
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-# Plain names, "/" between folders, no leading dot anywhere: nothing that could leave the folder can be written.
-FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*$")]
-
-
-class Section(BaseModel):
-    """What all parts of the manifest share: no unknown keys, no silent conversions, no changes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class FileFact(Section):
-    """What a file must be."""
-
-    sha256: Sha256
-    bytes: Total
-
-
-class ModelInput(Section):
-    """The model's only input, float32 [B, C, H, W]."""
-
-    name: str
-    shape: tuple[Count, Count, Count]  # C, H, W
-
-
-class ModelOutput(Section):
-    """The model's only output, float32 [B, num_classes]."""
-
-    name: str
-    num_classes: Count
-
-
-class Accuracy(Section):
-    """Share of images classified right, 0 to 1, before (trained) and after (exported)."""
-
-    before: Fraction | None = None
-    after: Fraction | None = None
-    images: Count | None = None  # how many it was measured on
-
-
-class Change(Section):
-    """A count before and after compiling."""
-
-    before: Total
-    after: Total
-
-
-class Parity(Section):
-    """One comparison that ``verify`` made after one hop."""
-
-    hop: str  # e.g. "compile", "onnx"
-    batch: Count
-    images: str  # their kind, e.g. "validation", "noise"
-    max_abs: Measure  # largest difference of a logit
-    cosine: Annotated[float, Field(ge=-1.000001, le=1.000001)]  # smallest over the images
-    top1_agreement: Fraction
-    passed: bool
-
-
-class SelfTest(Section):
-    """What a runner must answer before it may serve."""
-
-    file: FileName = "selftest.npz"
-    max_abs: Annotated[float, Field(gt=0, allow_inf_nan=False)]  # largest difference over the largest |logit|
-
-
-class Manifest(Section):
-    """What a bundle is. ``seal`` fills in ``created`` and ``files``."""
-
-    schema_version: Literal[1] = SCHEMA_VERSION
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # also the model's name on the server
-    created: Annotated[str, Field(pattern=r"^(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ)?$")] = ""  # UTC
-    files: dict[FileName, FileFact] = {}  # every file but the manifest
-    model: FileName = "model.onnx"
-    input: ModelInput
-    output: ModelOutput
-    opset: Count
-    labels: tuple[str, ...]  # of class 0, 1, ...
-    preprocessing: Preprocessing
-    parents: dict[str, Sha256]  # recipe, checkpoint, ...: what this was made from
-    versions: dict[str, str]
-    accuracy: Accuracy = Accuracy()
-    params: Change
-    macs: Change  # multiply-accumulates of one image
-    parity: Annotated[tuple[Parity, ...], Field(min_length=1)]
-    selftest: SelfTest
-    seeds: dict[str, int]
-
-    @model_validator(mode="after")
-    def _parts_agree(self) -> Manifest:
-        if len(self.labels) != self.output.num_classes:
-            raise ValueError(f"{len(self.labels)} labels for {self.output.num_classes} classes")
-        if self.input.shape[1:] != (self.preprocessing.image_size,) * 2 or self.input.shape[0] != 3:
-            size = self.preprocessing.image_size
-            raise ValueError(f"input.shape is {list(self.input.shape)}, but images are made as [3, {size}, {size}]")
-        return self
-
-    @property
-    def id(self) -> str:
-        """sha256 of all of it but ``created``: the same content has the same id, whenever it was sealed."""
-        tree = self.model_dump(mode="json", exclude={"created"})
-        text = json.dumps(tree, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-        return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -182,7 +73,8 @@ class Bundle:
                 raise BundleError(f"{self.folder}: the model is not what {MANIFEST} says ({error})") from None
             if answer.shape != expected[:batch].shape:
                 raise ParityError(
-                    f"{self.folder}: self-test: expected logits {list(expected[:batch].shape)}, got {list(answer.shape)}"
+                    f"{self.folder}: self-test: expected logits {list(expected[:batch].shape)}, "
+                    f"got {list(answer.shape)}; export the bundle again"
                 )
             if not np.isfinite(answer).all():
                 raise ParityError(f"{self.folder}: self-test: an output is NaN or infinite; export the bundle again")
@@ -256,7 +148,9 @@ def _read_manifest(folder: Path) -> Manifest:
     if not folder.is_dir():
         raise BundleError(f"{folder}: no such bundle folder; 'mcdeploy prune-export' makes one")
     if path.is_symlink() or not path.is_file():
-        raise BundleError(f"{folder}: no {MANIFEST}, so this is no bundle or its export did not finish; export it again")
+        raise BundleError(
+            f"{folder}: no {MANIFEST}, so this is no bundle or its export did not finish; export it again"
+        )
     try:
         tree = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -303,7 +197,9 @@ def _walk(folder: Path, prefix: str = "") -> Iterator[tuple[str, Path]]:
     try:
         entries = sorted(os.scandir(folder / prefix), key=lambda entry: entry.name)
     except OSError as error:
-        raise BundleError(f"{folder}: {prefix or '.'} cannot be read ({error.strerror}); copy the bundle again") from None
+        raise BundleError(
+            f"{folder}: {prefix or '.'} cannot be read ({error.strerror}); copy the bundle again"
+        ) from None
     for entry in entries:
         name = f"{prefix}{entry.name}"
         if entry.is_symlink():
@@ -314,7 +210,9 @@ def _walk(folder: Path, prefix: str = "") -> Iterator[tuple[str, Path]]:
             raise BundleError(f"{folder}: {name} is not a plain file; remove it")
         elif name != MANIFEST:
             if not name.endswith(SUFFIXES):
-                raise BundleError(f"{folder}: {name} does not belong in a bundle (only {', '.join(SUFFIXES)}); remove it")
+                raise BundleError(
+                    f"{folder}: {name} does not belong in a bundle (only {', '.join(SUFFIXES)}); remove it"
+                )
             yield name, Path(entry.path)
 
 

@@ -199,7 +199,9 @@ class OnnxRunner:
         try:
             logits: NDArray[np.float32] = self._session.run([self._output_name], {self._input_name: images})[0]
         except Exception as error:  # see _make_session
-            raise BackendError(f"{self._name}: ONNX Runtime stopped at batch {len(images)} ({_reason(error)})") from error
+            raise BackendError(
+                f"{self._name}: ONNX Runtime stopped at batch {len(images)} ({_reason(error)})"
+            ) from error
         return logits
 
 

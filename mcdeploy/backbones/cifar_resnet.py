@@ -9,12 +9,16 @@ Stages are plain ``nn.Sequential`` of ``BasicBlock``. No activation changes a bl
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch.nn.functional as F
 from timm.layers import create_classifier
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
+
+Entry = TypeVar("Entry", bound=Callable[..., nn.Module])
+register: Callable[[Entry], Entry] = register_model  # timm's decorator, with its type
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of pixels scaled to 0..1
 
@@ -149,37 +153,37 @@ def _build(variant: str, pretrained: bool, num_blocks: int, **kwargs: Any) -> Ci
     return build_model_with_cfg(CifarResNet, variant, pretrained, feature_cfg=stages, num_blocks=num_blocks, **kwargs)
 
 
-@register_model
+@register
 def resnet20_cifar(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """ResNet-20 for CIFAR, 0.27 M parameters."""
     return _build("resnet20_cifar", pretrained, num_blocks=3, **kwargs)
 
 
-@register_model
+@register
 def resnet32_cifar(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """ResNet-32 for CIFAR, 0.46 M parameters."""
     return _build("resnet32_cifar", pretrained, num_blocks=5, **kwargs)
 
 
-@register_model
+@register
 def resnet44_cifar(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """ResNet-44 for CIFAR, 0.66 M parameters."""
     return _build("resnet44_cifar", pretrained, num_blocks=7, **kwargs)
 
 
-@register_model
+@register
 def resnet56_cifar(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """ResNet-56 for CIFAR, 0.85 M parameters."""
     return _build("resnet56_cifar", pretrained, num_blocks=9, **kwargs)
 
 
-@register_model
+@register
 def resnet110_cifar(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """ResNet-110 for CIFAR, 1.7 M parameters."""
     return _build("resnet110_cifar", pretrained, num_blocks=18, **kwargs)
 
 
-@register_model
+@register
 def resnet_digits(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """The same net with four blocks a stage, for scikit-learn's digits enlarged to 16x16."""
     return _build("resnet_digits", pretrained, num_blocks=4, **kwargs)

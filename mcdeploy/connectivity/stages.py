@@ -97,19 +97,20 @@ def candidate_sources(stages: tuple[Stage, ...], scope: str) -> tuple[tuple[tupl
             own = tuple(Source(Node(s, i)) for i in stage.sources_of(index))
             earlier: tuple[Source, ...] = ()
             if scope == "network" and index > 1 and stage.wirable[index - 1]:
-                earlier = tuple(_earlier_sources(stages, s, stage.shapes[index - 1]))
+                earlier = tuple(_earlier_sources(stages, s, index))
             rows.append(tuple(sorted(earlier + own)))
         table.append(tuple(rows))
     return tuple(table)
 
 
-def _earlier_sources(stages: tuple[Stage, ...], reader: int, wanted: Shape) -> Iterator[Source]:
+def _earlier_sources(stages: tuple[Stage, ...], reader: int, index: int) -> Iterator[Source]:
+    wanted = stages[reader].shapes[index - 1]
+    reads_stage_input = 0 in stages[reader].sources_of(index)
     for s, stage in enumerate(stages[:reader]):
-        for index in range(1, len(stage.blocks) + 1):
-            if s == reader - 1 and index == len(stage.blocks) and stage.shapes[-1] == stages[reader].shapes[0]:
-                continue  # the same tensor as the reader's stage input
-            source = align(Node(s, index), stage.shapes[index], wanted)
-            if source:
+        for i in range(1, len(stage.blocks) + 1):
+            is_stage_input = s == reader - 1 and i == len(stage.blocks) and stage.shapes[i] == stages[reader].shapes[0]
+            source = align(Node(s, i), stage.shapes[i], wanted)
+            if source and not (is_stage_input and reads_stage_input):  # not the same tensor under two names
                 yield source
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from mcruntime.engine import Provider
 from mcruntime.errors import MissingExtraError
 
+MAX_BODY_BYTES = 32 << 20  # JSON of some 16 images of 3 x 224 x 224; parsing more would hold up the health probes
 NEEDED = {"uvicorn": "uvicorn", "starlette": "starlette", "python_multipart": "python-multipart"}
 
 
@@ -25,7 +26,7 @@ def serve(
     provider: Provider = "cpu",
     max_batch_size: int = 64,
     max_queue: int = 64,
-    max_body_bytes: int = 32 << 20,
+    max_body_bytes: int = MAX_BODY_BYTES,
     drain_s: float = 25.0,
 ) -> None:
     """Check, prove and warm up every bundle, then serve until SIGTERM or Ctrl-C; prints one line each and the address.

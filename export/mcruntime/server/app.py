@@ -26,10 +26,10 @@ from starlette.types import Receive, Scope, Send
 from mcruntime.engine import available_threads
 from mcruntime.errors import DataError, McdeployError
 from mcruntime.preprocess import Preprocessing, open_image, prepare
+from mcruntime.server import MAX_BODY_BYTES
 from mcruntime.server.executor import Executor, Overloaded
 from mcruntime.server.protocol import VERSION, ModelSpec, RequestError, dump, format_infer, format_metadata, parse_infer
 
-MAX_BODY_BYTES = 32 << 20  # JSON of 16 images of 3 x 224 x 224; reading more would hold up the health probes
 BODY_TIMEOUT_S = 30.0  # for a body to arrive
 RETRY_AFTER_S = "1"
 TOP = 5
@@ -187,12 +187,12 @@ async def _read_image(request: Request, max_bytes: int) -> bytes:
         form = await parser.parse()
     except MultiPartException as error:
         raise RequestError(f"the multipart form cannot be read: {error.message}") from None
-    part = form.get("file")
-    if part is None:
-        raise RequestError("the multipart form has no field 'file'; send one with the image in it")
-    if isinstance(part, str):
-        raise RequestError("the multipart field 'file' has no filename, so it is text; send the image as a file")
     try:
+        part = form.get("file")
+        if part is None:
+            raise RequestError("the multipart form has no field 'file'; send one with the image in it")
+        if isinstance(part, str):
+            raise RequestError("the multipart field 'file' has no filename, so it is text; send the image as a file")
         return await part.read()
     finally:
         await form.close()
@@ -206,7 +206,7 @@ def _top_classes(logits: NDArray[np.float32], labels: Sequence[str]) -> list[dic
     """The most probable classes, best first; of equal ones the lower index."""
     exponents = np.exp(logits.astype(np.float64) - logits.max())
     probabilities = exponents / exponents.sum()
-    order = np.argsort(-probabilities, kind="stable")[:TOP]
+    order = np.argsort(-logits, kind="stable")[:TOP]  # probabilities may underflow to ties
     return [{"label": labels[i], "index": int(i), "probability": float(probabilities[i])} for i in order]
 
 

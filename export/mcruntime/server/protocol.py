@@ -173,17 +173,16 @@ def _flatten(data: Any, shape: list[int], what: str) -> list[Any]:
     """``data`` as one list in row-major order: flat already, or nested exactly as ``shape``."""
     if not isinstance(data, list):
         raise RequestError(f"{what} needs 'data', an array of numbers")
+    numbers: list[Any] = data
     if data and isinstance(data[0], list):
-        for level, size in enumerate(shape):
-            if level:
-                if not all(isinstance(row, list) and len(row) == size for row in data):
-                    raise RequestError(f"'data' of {what} is nested, but not as its shape {shape} says")
-                data = list(itertools.chain.from_iterable(data))
-            elif len(data) != size:
+        numbers = [data]
+        for size in shape:
+            if not all(isinstance(row, list) and len(row) == size for row in numbers):
                 raise RequestError(f"'data' of {what} is nested, but not as its shape {shape} says")
-    if len(data) != math.prod(shape):
-        raise RequestError(f"unexpected size of {what}: expected {math.prod(shape)} numbers, got {len(data)}")
-    return data
+            numbers = list(itertools.chain.from_iterable(numbers))
+    if len(numbers) != math.prod(shape):
+        raise RequestError(f"unexpected size of {what}: expected {math.prod(shape)} numbers, got {len(numbers)}")
+    return numbers
 
 
 def _to_array(numbers: list[Any], what: str) -> NDArray[np.float32]:

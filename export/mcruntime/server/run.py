@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import signal
 import socket
 import threading
@@ -12,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 
+import numpy as np
 import uvicorn
 
 from mcruntime.bundle import Bundle, load_bundle
@@ -95,7 +97,9 @@ def _listen(listener: socket.socket, app: App, drain_s: float) -> None:
         print(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
         server.run(sockets=[listener])
     if server.num_cut_off:
-        raise McdeployError(f"{server.num_cut_off} requests were cut off: not done {drain_s:.0f} s after the stop signal")
+        raise McdeployError(
+            f"{server.num_cut_off} requests were cut off: not done {drain_s:.0f} s after the stop signal"
+        )
 
 
 @contextmanager
@@ -113,20 +117,23 @@ def _signals_stop(server: _DrainingServer) -> Iterator[None]:
 
 
 def _bind(host: str, port: int) -> socket.socket:
+    if not 0 <= port <= 65535:  # getaddrinfo would take the remainder
+        raise InputError(f"{host}:{port}: a port is 0 to 65535; choose another --port, or 0 for any free one")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except (OSError, OverflowError, UnicodeError):
+    except (OSError, UnicodeError):
         raise InputError(f"{host}:{port}: no such address; give --host an address of this machine") from None
     listener = socket.socket(family, kind, protocol)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(address)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         listener.close()
-        if isinstance(error, OSError) and error.strerror == "Address already in use":
+        if error.errno == errno.EADDRINUSE:
             raise _in_use(host, port) from None
-        reason = error.strerror if isinstance(error, OSError) else "a port is 0 to 65535"
-        raise InputError(f"{host}:{port}: cannot listen there ({reason}); choose another --host or --port") from None
+        raise InputError(
+            f"{host}:{port}: cannot listen there ({error.strerror}); choose another --host or --port"
+        ) from None
     return listener
 
 
@@ -150,10 +157,11 @@ def _prove(bundle: Bundle, runner: OnnxRunner) -> str:
     worst = bundle.selftest(runner)
     manifest, facts = bundle.manifest, runner.facts()
     _, height, width = manifest.input.shape
-    for images in bundle.selftest_images(WARM_UP_RUNS):
-        runner.infer(images)
+    for _ in range(WARM_UP_RUNS):
+        runner.infer(np.zeros((1, *manifest.input.shape), dtype=np.float32))
     return (
-        f"{manifest.name}: bundle {manifest.id[:12]}, {height} x {width} pixels, {manifest.output.num_classes} classes, "
+        f"{manifest.name}: bundle {manifest.id[:12]}, {height} x {width} pixels, "
+        f"{manifest.output.num_classes} classes, "
         f"{facts['provider']} with {facts['threads']} threads, self-test off by {worst:.1e} "
         f"(at most {manifest.selftest.max_abs:.1e})"
     )

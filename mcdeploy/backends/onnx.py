@@ -1,0 +1,110 @@
+"""Write a compiled model as one ONNX file and as one ExportedProgram, and read back what was really written."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from mcdeploy.errors import BackendError
+
+INPUT, OUTPUT = "images", "logits"
+
+
+def export_onnx(model: nn.Module, path: Path | str, example: Tensor, *, opset: int = 20) -> None:
+    """Export with ``torch.onnx.export(dynamo=True)``: one file, dynamic batch, checked.
+
+    Args:
+        model: in evaluation mode, float32.
+        path: the .onnx file; replaced in one step once everything has been checked.
+        example: images [B, C, H, W], B >= 2.
+        opset: 18 to 23; what comes out is read back and must be the same.
+
+    Raises:
+        BackendError: the exporter failed, the opset or the dynamic batch is not what was asked for, or the ONNX checker
+            refuses the file.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        with _quiet():
+            torch.onnx.export(
+                model,
+                (example,),
+                str(temporary),
+                dynamo=True,
+                opset_version=opset,
+                dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                external_data=False,
+                verbose=False,
+            )
+        _check(temporary, opset)
+        os.replace(temporary, target)
+    except BackendError:
+        raise
+    except Exception as error:  # the exporter's errors share no base class
+        reason = str(error).strip().splitlines()
+        raise BackendError(f"ONNX export of {type(model).__name__} failed: {reason[0] if reason else error!r}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def export_program(model: nn.Module, path: Path | str, example: Tensor) -> None:
+    """Save the model as a ``torch.export`` program with dynamic batch; ``torch.export.load`` needs torch alone.
+
+    Args:
+        model: in evaluation mode.
+        path: the .pt2 file; replaced in one step.
+        example: images [B, C, H, W], B >= 2.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{os.getpid()}.{target.name}")
+    try:
+        with _quiet():
+            program = torch.export.export(
+                model, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},), strict=False
+            )
+            torch.export.save(program, temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_opset(path: Path) -> int:
+    """The version of the standard operator set that a file asks for."""
+    model = onnx.load(path, load_external_data=False)
+    return int(next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")))
+
+
+def _check(path: Path, opset: int) -> None:
+    onnx.checker.check_model(str(path), full_check=True)
+    written = read_opset(path)
+    if written != opset:
+        raise BackendError(f"asked for opset {opset}, the exporter wrote {written}; ask for {written}")
+    batch = onnx.load(path, load_external_data=False).graph.input[0].type.tensor_type.shape.dim[0]
+    if not batch.dim_param:
+        raise BackendError(f"the exporter fixed the batch to {batch.dim_value}; the model depends on its batch size")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter prints progress and warns about its own internals; errors are raised, so nothing is lost."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)

@@ -1,0 +1,193 @@
+"""A plain PyTorch module behind the runner interface: what everything else is compared with.
+
+The CUDA path is written from the documentation and has never run on a GPU; ``tests/test_pytorch_runner.py`` holds the
+test that does, marked ``gpu``.
+"""
+
+# B = batch, C = channels, H/W = height/width, N = classes.
+from __future__ import annotations
+
+import copy
+import os
+import platform
+from importlib.metadata import version
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from mcruntime.engine import available_threads
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from mcdeploy.errors import BackendError, InputError, ParityError
+
+
+class TorchRunner:
+    """A module in PyTorch: float32, evaluation mode, no gradients.
+
+    Entering copies the module, so the caller's stays in its mode, type and place. While entered, inference on the CPU
+    uses ``threads`` threads of torch's pool, and on CUDA float32 means float32: TF32 is off for the whole process.
+    Leaving puts both back; leave runners in the reverse order of entering, as nested ``with`` does.
+
+    Args:
+        module: takes images [B, C, H, W] and returns logits [B, N].
+        name: for tables and messages.
+        mode: "compiled" is ``torch.compile``, one graph for every batch size and no graph breaks.
+        threads: of one inference on the CPU; None: ``available_threads()``.
+
+    Raises:
+        InputError: an unknown mode or device, or fewer than 1 thread.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        name: str,
+        mode: Literal["eager", "compiled"] = "eager",
+        device: Literal["cpu", "cuda"] = "cpu",
+        threads: int | None = None,
+    ) -> None:
+        if mode not in ("eager", "compiled"):
+            raise InputError(f"{name}: unknown mode {mode!r}; valid are eager, compiled")
+        if device not in ("cpu", "cuda"):
+            raise InputError(f"{name}: unknown device {device!r}; valid are cpu, cuda")
+        if threads is not None and threads < 1:
+            raise InputError(f"{name}: threads: expected at least 1, got {threads}")
+        self._module = module
+        self._name = name
+        self._mode = mode
+        self._device = torch.device(device)
+        self._threads = threads or available_threads()
+        self._model: Any = None
+        self._before: tuple[int, bool, bool] | None = None  # torch's threads, TF32 of convolutions and of matmul
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    def __enter__(self) -> Self:
+        """Copy the module to its device.
+
+        Raises:
+            BackendError: CUDA was asked for and is not there, or torch.compile is switched off.
+        """
+        if self._device.type == "cuda" and not torch.cuda.is_available():
+            raise BackendError(
+                f"{self._name}: asked for device cuda, but PyTorch {torch.__version__} finds no usable NVIDIA GPU; "
+                "install a CUDA build of torch and a driver, or ask for cpu"
+            )
+        if self._mode == "compiled" and "1" in (
+            os.environ.get("TORCH_COMPILE_DISABLE"),
+            os.environ.get("TORCHDYNAMO_DISABLE"),
+        ):
+            raise BackendError(
+                f"{self._name}: asked for mode compiled, but the environment switches torch.compile off; "
+                "unset TORCH_COMPILE_DISABLE and TORCHDYNAMO_DISABLE, or ask for eager"
+            )
+        model = copy.deepcopy(self._module).to(device=self._device, dtype=torch.float32).eval()
+        # A graph break or a 9th batch size would fall back to eager in silence; fullgraph makes both an error.
+        self._model = torch.compile(model, fullgraph=True, dynamic=False) if self._mode == "compiled" else model
+        backends = torch.backends
+        self._before = (torch.get_num_threads(), backends.cudnn.allow_tf32, backends.cuda.matmul.allow_tf32)
+        if self._device.type == "cuda":
+            backends.cudnn.allow_tf32 = backends.cuda.matmul.allow_tf32 = False
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._model = None
+        if self._before is not None:
+            threads, conv_tf32, matmul_tf32 = self._before
+            torch.set_num_threads(threads)
+            if self._device.type == "cuda":
+                torch.backends.cudnn.allow_tf32 = conv_tf32
+                torch.backends.cuda.matmul.allow_tf32 = matmul_tf32
+            self._before = None
+
+    def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        """See ``Runner``; on CUDA the images are copied there and the logits back."""
+        images_BCHW = self._to_tensor(images)
+        logits_BN = self._run(images_BCHW.to(self._device))
+        return self._checked(logits_BN, len(images))
+
+    def time_on_device(self, images: NDArray[np.float32]) -> float | None:
+        """Milliseconds that one inference takes on the GPU, between two CUDA events; None when this runs on the CPU.
+
+        The images are on the GPU before the first event, and nothing else is queued. What lies between the events is
+        the model alone: no copies, but with gaps wherever the host launches kernels more slowly than the GPU runs
+        them.
+
+        Raises:
+            InputError, ParityError: as ``infer``.
+        """
+        if self._device.type == "cpu":
+            return None
+        images_BCHW = self._to_tensor(images).to(self._device)
+        start = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize(self._device)
+        start.record()
+        logits_BN = self._run(images_BCHW)
+        end.record()
+        end.synchronize()
+        self._checked(logits_BN, len(images))
+        return float(start.elapsed_time(end))
+
+    def facts(self) -> dict[str, str]:
+        """What really runs; the provider is read off the model's own tensors."""
+        if self._model is None:
+            raise RuntimeError("enter the runner before asking what runs")
+        places = {tensor.device.type for tensor in (*self._model.parameters(), *self._model.buffers())}
+        facts = {
+            "backend": "pytorch",
+            "mode": self._mode,
+            "provider": " and ".join(sorted(places)) or self._device.type,
+            "precision": "fp32",
+            "threads": str(self._threads),
+            "torch": str(torch.__version__),
+            "numpy": version("numpy"),
+            "python": platform.python_version(),
+        }
+        if self._device.type == "cuda":
+            facts |= {"gpu": torch.cuda.get_device_name(self._device), "cuda": str(torch.version.cuda), "tf32": "off"}
+        return facts
+
+    def _to_tensor(self, images: NDArray[np.float32]) -> Tensor:
+        if self._model is None:
+            raise RuntimeError("enter the runner before infer")
+        if not isinstance(images, np.ndarray) or images.dtype != np.float32:
+            kind = images.dtype if isinstance(images, np.ndarray) else type(images).__name__
+            raise InputError(f"{self._name}: expected float32 images, got {kind}")
+        if images.ndim != 4 or len(images) == 0:
+            raise InputError(f"{self._name}: expected images [B, C, H, W], got {list(images.shape)}")
+        if not np.isfinite(images).all():
+            raise InputError(f"{self._name}: the images hold NaN or infinite values; send finite pixels")
+        return torch.from_numpy(np.require(images, requirements=["C", "W"]))  # torch warns of read-only memory
+
+    def _run(self, images_BCHW: Tensor) -> Tensor:
+        if torch.get_num_threads() != self._threads:  # another runner's; the setting belongs to the calling thread
+            torch.set_num_threads(self._threads)
+        try:
+            with torch.inference_mode():
+                return self._model(images_BCHW)
+        except Exception as error:  # a wrong shape, no memory, no compiler: torch has a class for each
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(" .")
+            advice = "; ask for mode eager" if self._mode == "compiled" else ""
+            raise BackendError(
+                f"{self._name}: PyTorch stopped at images {list(images_BCHW.shape)} in {self._mode} mode "
+                f"({reason}){advice}"
+            ) from error
+
+    def _checked(self, logits_BN: Tensor, batch: int) -> NDArray[np.float32]:
+        if not isinstance(logits_BN, Tensor) or logits_BN.ndim != 2 or len(logits_BN) != batch:
+            got = list(logits_BN.shape) if isinstance(logits_BN, Tensor) else type(logits_BN).__name__
+            raise ParityError(f"{self._name}: expected logits [{batch}, classes], got {got}")
+        logits: NDArray[np.float32] = logits_BN.cpu().numpy()
+        if not np.isfinite(logits).all():
+            raise ParityError(
+                f"{self._name}: an output is NaN or infinite for finite images; check the model's weights"
+            )
+        return logits

@@ -1,0 +1,102 @@
+"""Remove what the output does not depend on: dead blocks with their parameters, gates, and wiring that became a chain.
+
+Exact: what is removed is not run by the frozen model, so the output is bit-identical.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+from torch import nn
+
+from mcdeploy.connectivity.topology import Node
+from mcdeploy.connectivity.wiring import FixedEdges, WiredStage, fix, topology_of, wired_stages
+
+
+def freeze(model: nn.Module) -> list[str]:
+    """Fix every learned wiring to its top K sources; the gates go.
+
+    Returns:
+        The stages that had gates.
+    """
+    learned = [name for name, stage in wired_stages(model).items() if not isinstance(stage.edges, FixedEdges)]
+    if learned:
+        fix(model, topology_of(model))
+    return learned
+
+
+def drop_dead_blocks(model: nn.Module) -> list[str]:
+    """Delete the blocks that no stage output depends on. Live blocks keep their names, and so their state-dict keys.
+
+    Returns:
+        Module paths of the blocks removed, empty when nothing changed.
+    """
+    stages = wired_stages(model)
+    if not stages:
+        return []
+    topology = topology_of(model)
+    dead = topology.dead_blocks()
+    pruned, moved = topology.without_dead_blocks()
+    for (name, stage), wiring in zip(stages.items(), pruned.stages, strict=True):
+        live = [i for i in range(1, len(stage) + 1) if Node(stage.index, i) in moved]
+        if len(live) == len(stage):
+            sources = stage.sources
+        else:
+            sources = tuple(stage.sources[i - 1] for i in live)
+        renumbered = tuple(tuple(s._replace(node=moved[s.node]) for s in row) for row in sources)
+        small = WiredStage(
+            stage.index,
+            {block: stage.get_submodule(block) for block in wiring.blocks},
+            renumbered,
+            FixedEdges([len(row) for row in renumbered], topology.aggregate),
+            tape=stage.tape,
+            is_last=stage.is_last,
+        )
+        model.set_submodule(name, small.train(stage.training))
+    return [topology.describe(node) for node in dead]
+
+
+def unwrap_chains(model: nn.Module) -> list[str]:
+    """Turn every stage that reads like a chain back into ``nn.Sequential``, unless another stage reads its blocks.
+
+    Returns:
+        Module paths of the stages unwrapped, empty when nothing changed.
+    """
+    stages = wired_stages(model)
+    if not stages:
+        return []
+    topology = topology_of(model)
+    lenders = {
+        source.stage for node, sources in topology.edges().items() for source in sources if source.stage != node.stage
+    }
+    plain = [s for s in range(len(topology.stages)) if topology.is_chain(s) and s not in lenders]
+    for s in plain:
+        stage = stages[topology.stages[s].name]
+        blocks = OrderedDict((name, stage.get_submodule(name)) for name in stage.block_names)
+        model.set_submodule(topology.stages[s].name, nn.Sequential(blocks).train(stage.training))
+    if not lenders:
+        return [topology.stages[s].name for s in plain]
+    _mark_last(model)
+    return [topology.stages[s].name for s in plain]
+
+
+def _mark_last(model: nn.Module) -> None:
+    """After stages were unwrapped, the last one that is left empties the tape."""
+    left = list(wired_stages(model).values())
+    for stage in left:
+        stage.is_last = stage is left[-1]
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Numbers in weights and biases; buffers are not counted."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_macs(model: nn.Module, example: torch.Tensor) -> int:
+    """Multiply-accumulates of one image, by torch's own counter (convolutions, linear layers, attention)."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(example[:1])
+    return counter.get_total_flops() // 2

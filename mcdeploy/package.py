@@ -1,0 +1,167 @@
+"""Package: from a trained, frozen model to a bundle that proves itself. The last thing that needs torch.
+
+    trained, frozen --compile--> small module --export--> model.onnx --verify--> bundle, sealed
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from mcruntime.bundle import CERTIFICATE, Bundle, load_bundle, seal
+from mcruntime.engine import OnnxRunner, Runner
+from mcruntime.manifest import Accuracy, Change, Manifest, ModelInput, ModelOutput, SelfTest
+from mcruntime.manifest import Parity as ManifestParity
+from mcruntime.preprocess import Preprocessing
+from torch import nn
+from torch.utils.data import DataLoader
+
+from mcdeploy.backends.onnx import INPUT, OUTPUT, export_onnx, export_program
+from mcdeploy.backends.pytorch import TorchRunner
+from mcdeploy.bench import compare_latency
+from mcdeploy.compile import Certificate, compile_with_certificate
+from mcdeploy.errors import AccuracyError, BundleError, DataError, ParityError
+from mcdeploy.recipe import ExportConfig
+from mcdeploy.verify import Agreement, Images, Parity, agree, verify
+
+SELFTEST_IMAGES = 7
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """What prune-export made."""
+
+    bundle: Bundle
+    certificate: Certificate
+    parity: tuple[Parity, ...]
+    agreement: Agreement
+
+
+def prune_export(
+    trained: nn.Module,
+    val: DataLoader[tuple[torch.Tensor, torch.Tensor]],
+    config: ExportConfig,
+    *,
+    name: str,
+    out: Path,
+    labels: list[str],
+    preprocessing: Preprocessing,
+    parents: Mapping[str, str],
+    seeds: Mapping[str, int],
+    program: Path | None = None,
+    say: Callable[[str], None] = print,
+) -> Shipped:
+    """Compile, export, verify and seal. The bundle appears at ``out`` only when every promise was kept.
+
+    Args:
+        trained: the trained, frozen model; stays as it is.
+        val: validation images, at least 7.
+        parents: name to sha256 of what this was made from.
+        program: where to leave the compiled model as an ExportedProgram, if anywhere.
+
+    Raises:
+        ParityError, AccuracyError: a step changed the function more than ``config`` allows.
+        BackendError: the export failed.
+        BundleError: ``out`` exists and is no bundle.
+        DataError: fewer than 7 validation images.
+    """
+    trained = trained.cpu().eval()
+    images = _first_images(val, SELFTEST_IMAGES)
+    example = torch.from_numpy(images[:2])
+    part = out.with_name(f".{out.name}.part")
+    _make_room(out, part)
+    try:
+        say("compile: freeze, prune, fold, certify")
+        small, certificate = compile_with_certificate(trained, torch.from_numpy(images))
+        say(f"export: ONNX, opset {config.opset}")
+        model_path = part / "model.onnx"
+        export_onnx(small, model_path, example, opset=config.opset)
+        if program is not None:
+            export_program(small, program, example)
+        say("verify: batches 1, 2, 3, 7 and the whole validation set")
+        frozen_runner = TorchRunner(trained, name="the trained model")
+        small_runner = TorchRunner(small, name="the compiled model")
+        with frozen_runner, small_runner, OnnxRunner(model_path, name="the ONNX model") as onnx_runner:
+            parity = verify(frozen_runner, small_runner, images, hop="compile", max_abs=config.max_abs)
+            parity += verify(frozen_runner, onnx_runner, images, hop="onnx", max_abs=config.max_abs)
+            agreement = agree(frozen_runner, onnx_runner, _as_arrays(val))
+            _check_floor(agreement, config)
+            logits = frozen_runner.infer(images)
+            certificate = replace(certificate, milliseconds=_milliseconds(frozen_runner, small_runner, images))
+        (part / CERTIFICATE).write_text(json.dumps(certificate.to_json(), indent=2))
+        np.savez(part / "selftest.npz", images=images, logits=logits)
+        seal(
+            part,
+            Manifest(
+                name=name,
+                input=ModelInput(name=INPUT, shape=images.shape[1:]),
+                output=ModelOutput(name=OUTPUT, num_classes=logits.shape[1]),
+                opset=config.opset,
+                labels=tuple(labels),
+                preprocessing=preprocessing,
+                parents=dict(parents),
+                versions={p: importlib.metadata.version(p) for p in ("mcdeploy", "torch", "timm", "onnx", "onnxruntime")},
+                accuracy=Accuracy(
+                    before=agreement.accuracy_before, after=agreement.accuracy_after, images=agreement.images
+                ),
+                params=Change(before=certificate.parameters[0], after=certificate.parameters[1]),
+                macs=Change(before=certificate.macs[0], after=certificate.macs[1]),
+                parity=tuple(ManifestParity(**row.to_json()) for row in parity),
+                selftest=SelfTest(max_abs=config.max_abs),
+                seeds=dict(seeds),
+            ),
+        )
+        if out.exists():
+            shutil.rmtree(out)
+        part.rename(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return Shipped(load_bundle(out), certificate, tuple(parity), agreement)
+
+
+def _make_room(out: Path, part: Path) -> None:
+    if out.exists() and not (out / "manifest.json").exists() and any(out.iterdir()):
+        raise BundleError(f"{out}: exists and is not a bundle, so it is not overwritten; give another --out")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+
+
+def _check_floor(agreement: Agreement, config: ExportConfig) -> None:
+    if agreement.top1_agreement < config.min_agreement:
+        raise ParityError(
+            f"the exported model agrees with the trained one on {agreement.top1_agreement:.3%} of {agreement.images} "
+            f"validation images, export.min_agreement asks for {config.min_agreement:.3%}"
+        )
+    drop = agreement.accuracy_before - agreement.accuracy_after
+    if drop > config.max_accuracy_drop:
+        raise AccuracyError(
+            f"top-1 fell from {agreement.accuracy_before:.2%} to {agreement.accuracy_after:.2%}, "
+            f"export.max_accuracy_drop allows {config.max_accuracy_drop:.2%}"
+        )
+
+
+def _milliseconds(before: Runner, after: Runner, images: Images) -> tuple[float, float]:
+    """Median milliseconds of one image in PyTorch eager, interleaved; ``bench`` is the place for figures to quote."""
+    report = compare_latency([before, after], {1: images[:1]}, seconds=1.0)
+    first, second = report.rows
+    return first.p50.value, second.p50.value
+
+
+def _first_images(val: DataLoader[tuple[torch.Tensor, torch.Tensor]], count: int) -> Images:
+    found: list[torch.Tensor] = []
+    for images, _ in val:
+        found.append(images)
+        if sum(len(batch) for batch in found) >= count:
+            return torch.cat(found)[:count].numpy().astype(np.float32)
+    raise DataError(f"prune-export needs at least {count} validation images, there are {sum(map(len, found))}")
+
+
+def _as_arrays(val: DataLoader[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[tuple[Images, np.ndarray]]:
+    for images, labels in val:
+        yield images.numpy(), labels.numpy()

@@ -1,0 +1,125 @@
+"""Verify: the same images through two runners, at several batch sizes, and how far apart the answers are.
+
+It runs after every hop. A NaN, an infinity or another shape is an error, never a large number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from mcruntime.engine import Runner
+from numpy.typing import NDArray
+
+from mcdeploy.errors import ParityError
+
+# B = batch, C = channels, H/W = height/width, N = classes
+BATCHES = (1, 2, 3, 7)
+Images = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How two runners compare on one batch, or on a whole validation set."""
+
+    hop: str  # what was done between the two, such as "onnx"
+    batch: int
+    images: str  # "validation" or "noise"
+    max_abs: float  # largest difference of a logit, relative to the largest |logit|
+    cosine: float  # smallest over the images
+    top1_agreement: float  # share of images with the same predicted class
+    passed: bool
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Two runners on a labelled validation set; shares are 0..1."""
+
+    images: int
+    accuracy_before: float
+    accuracy_after: float
+    top1_agreement: float
+
+
+def verify(
+    expected: Runner,
+    actual: Runner,
+    images: Images,
+    *,
+    hop: str,
+    max_abs: float,
+    seed: int = 0,
+) -> list[Parity]:
+    """Compare on real images and on noise, at batches 1, 2, 3 and 7.
+
+    Args:
+        images: prepared validation images [B, C, H, W], B >= 7.
+        max_abs: allowed difference, relative to the largest |logit|.
+
+    Returns:
+        Eight comparisons, all passed.
+
+    Raises:
+        ParityError: further apart than allowed, another shape, or not finite.
+    """
+    noise = np.random.default_rng(seed).standard_normal(images[: max(BATCHES)].shape).astype(np.float32)
+    found = [
+        _compare(expected, actual, source[:batch], hop, kind, max_abs)
+        for kind, source in (("validation", images), ("noise", noise))
+        for batch in BATCHES
+    ]
+    failed = [parity for parity in found if not parity.passed]
+    if failed:
+        worst = max(failed, key=lambda parity: parity.max_abs)
+        raise ParityError(
+            f"{hop}: {actual.name} is {worst.max_abs:.1e} away from {expected.name} "
+            f"(batch {worst.batch}, {worst.images}; allowed {max_abs:.1e} of the largest logit)"
+        )
+    return found
+
+
+def agree(expected: Runner, actual: Runner, batches: Iterable[tuple[Images, NDArray[np.int64]]]) -> Agreement:
+    """Run a whole validation set through both.
+
+    Args:
+        batches: images [B, C, H, W] and labels [B].
+
+    Raises:
+        ParityError: another shape, or an output is not finite.
+    """
+    images = right_before = right_after = same = 0
+    for images_BCHW, labels_B in batches:
+        before_BN, after_BN = _answers(expected, actual, images_BCHW, "validation")
+        images += len(labels_B)
+        right_before += int((before_BN.argmax(1) == labels_B).sum())
+        right_after += int((after_BN.argmax(1) == labels_B).sum())
+        same += int((before_BN.argmax(1) == after_BN.argmax(1)).sum())
+    return Agreement(images, right_before / images, right_after / images, same / images)
+
+
+def _compare(expected: Runner, actual: Runner, images_BCHW: Images, hop: str, kind: str, max_abs: float) -> Parity:
+    before_BN, after_BN = _answers(expected, actual, images_BCHW, hop)
+    difference = float(np.abs(before_BN - after_BN).max() / max(np.abs(before_BN).max(), 1e-12))
+    norms_B = np.linalg.norm(before_BN, axis=1) * np.linalg.norm(after_BN, axis=1)
+    cosine = float(((before_BN * after_BN).sum(1) / np.maximum(norms_B, 1e-30)).min())
+    same = float((before_BN.argmax(1) == after_BN.argmax(1)).mean())
+    return Parity(hop, len(images_BCHW), kind, difference, min(cosine, 1.0), same, difference <= max_abs)
+
+
+def _answers(expected: Runner, actual: Runner, images: Images, hop: str) -> tuple[NDArray[Any], NDArray[Any]]:
+    before, after = expected.infer(images), actual.infer(images)
+    if before.shape != after.shape:
+        raise ParityError(
+            f"{hop}: {actual.name} answers with shape {list(after.shape)}, {expected.name} with {list(before.shape)}"
+        )
+    for runner, logits in ((expected, before), (actual, after)):
+        if not np.isfinite(logits).all():
+            raise ParityError(f"{hop}: the output of {runner.name} holds NaN or infinity (batch {len(images)})")
+    return before.astype(np.float64), after.astype(np.float64)
+
+

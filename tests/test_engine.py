@@ -1,0 +1,330 @@
+"""A runner answers what the model says, runs where it was told to, and never needs torch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import mcruntime
+import numpy as np
+import onnxruntime
+import pytest
+from mcruntime.engine import OnnxRunner, available_threads
+from mcruntime.errors import BackendError, BundleError, InputError, MissingExtraError, ParityError
+from onnx import TensorProto, helper
+from tiny_onnx import expected_logits, some_images, write_bundle, write_graph, write_model
+
+EXPORT = Path(mcruntime.__file__).parents[1]
+
+
+@pytest.fixture
+def model(tmp_path):
+    return write_model(tmp_path / "tiny.onnx")
+
+
+def float_info(name, shape, kind=TensorProto.FLOAT):
+    return helper.make_tensor_value_info(name, kind, shape)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 7])
+def test_the_answer_is_the_models_for_every_batch(model, batch):
+    images = some_images(batch)
+    with OnnxRunner(model, threads=1) as runner:
+        logits = runner.infer(images)
+    assert logits.shape == (batch, 4)
+    assert logits.dtype == np.float32
+    np.testing.assert_allclose(logits, expected_logits(images), atol=1e-6)
+
+
+def test_images_that_are_not_contiguous_give_the_same_answer(model):
+    images = some_images(2)
+    with OnnxRunner(model, threads=1) as runner:
+        turned = np.ascontiguousarray(images.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+        np.testing.assert_array_equal(runner.infer(turned), runner.infer(images))
+
+
+def test_two_threads_may_infer_at_the_same_time(model):
+    answers = {}
+    with OnnxRunner(model, threads=1) as runner:
+        workers = [
+            threading.Thread(target=lambda seed=seed: answers.update({seed: runner.infer(some_images(5, seed=seed))}))
+            for seed in range(4)
+        ]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    for seed, logits in answers.items():
+        np.testing.assert_allclose(logits, expected_logits(some_images(5, seed=seed)), atol=1e-6)
+    assert len(answers) == 4
+
+
+def test_facts_tell_what_really_runs(model):
+    with OnnxRunner(model, threads=2, spinning=False) as runner:
+        facts = runner.facts()
+    assert facts["backend"] == "onnxruntime"
+    assert facts["provider"] == "cpu"
+    assert facts["threads"] == "2"
+    assert facts["spinning"] == "off"
+    assert facts["onnxruntime"] == onnxruntime.__version__
+    assert all(isinstance(value, str) for value in facts.values())
+
+
+def test_the_options_asked_for_reach_the_session(model, monkeypatch):
+    seen = {}
+    real = onnxruntime.InferenceSession
+
+    def spy(path, options, **kwargs):
+        seen.update(kwargs, threads=options.intra_op_num_threads, inter=options.inter_op_num_threads)
+        seen["spin"] = options.get_session_config_entry("session.intra_op.allow_spinning")
+        return real(path, options, **kwargs)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", spy)
+    with OnnxRunner(model, threads=2, spinning=False) as runner:
+        assert runner.name == "tiny"
+    assert seen == {
+        "providers": ["CPUExecutionProvider"], "enable_fallback": 0, "threads": 2, "inter": 1, "spin": "0",
+    }  # fmt: skip
+    with OnnxRunner(model, threads=1, name="other") as runner:
+        assert runner.name == "other"
+    assert seen["spin"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.zeros((1, 3, 8, 8)), "expected float32 images, got float64"),
+        (np.zeros((1, 3, 8, 8), np.float16), "expected float32 images, got float16"),
+        ([[1.0]], "expected float32 images, got list"),
+        (np.zeros((1, 3, 8, 9), np.float32), r"expected images \[B, 3, 8, 8\], got \[1, 3, 8, 9\]"),
+        (np.zeros((1, 1, 8, 8), np.float32), r"expected images \[B, 3, 8, 8\], got \[1, 1, 8, 8\]"),
+        (np.zeros((3, 8, 8), np.float32), r"expected images \[B, 3, 8, 8\], got \[3, 8, 8\]"),
+        (np.zeros((0, 3, 8, 8), np.float32), r"expected images \[B, 3, 8, 8\], got \[0, 3, 8, 8\]"),
+        (np.full((1, 3, 8, 8), np.nan, np.float32), "NaN or infinite"),
+        (np.full((1, 3, 8, 8), np.inf, np.float32), "NaN or infinite"),
+    ],
+)
+def test_images_that_do_not_fit_are_refused(model, images, message):
+    with OnnxRunner(model, threads=1) as runner, pytest.raises(InputError, match=message):
+        runner.infer(images)
+
+
+def test_a_fixed_batch_is_named_in_the_refusal(tmp_path):
+    with OnnxRunner(write_model(tmp_path / "two.onnx", batch=2), threads=1) as runner:
+        assert runner.infer(some_images(2)).shape == (2, 4)
+        with pytest.raises(InputError, match=r"expected images \[2, 3, 8, 8\], got \[1, 3, 8, 8\]"):
+            runner.infer(some_images(1))
+
+
+def test_an_output_that_is_not_finite_is_an_error_not_an_answer(tmp_path):
+    bias = np.array([0, np.inf, 0, 0], dtype=np.float32)
+    with (
+        OnnxRunner(write_model(tmp_path / "inf.onnx", bias=bias), threads=1) as runner,
+        pytest.raises(ParityError, match="NaN or infinite"),
+    ):
+        runner.infer(some_images(1))
+
+
+def test_an_answer_with_another_batch_is_an_error(tmp_path):
+    """A batch that was exported as a constant: every batch answers one row."""
+    nodes = [helper.make_node("ReduceMean", ["x", "axes"], ["y"], keepdims=0)]
+    path = write_graph(
+        tmp_path / "m.onnx", nodes, [float_info("x", ["b", 3, 8, 8])], [float_info("y", ["n", 8])],
+        {"axes": np.array([0, 1], dtype=np.int64)},
+    )  # fmt: skip
+    with OnnxRunner(path, threads=1) as runner, pytest.raises(ParityError, match=r"expected logits \[3, classes\]"):
+        runner.infer(some_images(3))
+
+
+def test_a_runner_must_be_entered_before_it_infers(model):
+    runner = OnnxRunner(model, threads=1)
+    with pytest.raises(RuntimeError, match="enter the runner"):
+        runner.infer(some_images(1))
+    with runner:
+        runner.infer(some_images(1))
+    with pytest.raises(RuntimeError, match="enter the runner"):
+        runner.infer(some_images(1))
+
+
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_a_provider_that_is_absent_is_an_error_and_not_the_cpu(model, provider, monkeypatch):
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(BackendError, match=rf"asked for provider {provider}.*install 'mcdeploy\[gpu\]'"):
+        OnnxRunner(model, provider=provider).__enter__()
+
+
+class FakeSession:
+    """What onnxruntime-gpu hands out when the CUDA libraries do not load: a session on the CPU, and no error."""
+
+    providers = ("CPUExecutionProvider",)
+
+    def __init__(self, path, options, providers, enable_fallback):
+        self.asked = providers
+        self.no_cpu = options.get_session_config_entry("session.disable_cpu_ep_fallback")
+        self.fallback = bool(enable_fallback)
+        FakeSession.last = self
+
+    def disable_fallback(self):
+        self.fallback = False
+
+    def get_providers(self):
+        return list(self.providers)
+
+
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_a_provider_that_fell_back_to_the_cpu_is_an_error(model, provider, monkeypatch):
+    everything = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: everything)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", FakeSession)
+    with pytest.raises(BackendError, match=f"asked for provider {provider}, but ONNX Runtime loaded CPU"):
+        OnnxRunner(model, provider=provider).__enter__()
+    assert FakeSession.last.no_cpu == "1"
+    assert FakeSession.last.fallback is False
+    assert "CPUExecutionProvider" not in FakeSession.last.asked
+
+
+def test_an_unknown_provider_or_no_thread_is_refused(model):
+    with pytest.raises(InputError, match="unknown provider 'gpu'; valid are cpu, cuda, tensorrt"):
+        OnnxRunner(model, provider="gpu")
+    with pytest.raises(InputError, match="at least 1, got 0"):
+        OnnxRunner(model, threads=0)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", bytes(1000)])
+def test_a_file_that_is_no_onnx_model_is_refused_in_one_sentence(tmp_path, content):
+    path = tmp_path / "bad.onnx"
+    path.write_bytes(content)
+    with pytest.raises(BundleError, match=r"bad\.onnx: ONNX Runtime cannot load the model.*export it again") as caught:
+        OnnxRunner(path).__enter__()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_file_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(BundleError, match="no such model file"):
+        OnnxRunner(tmp_path / "none.onnx").__enter__()
+
+
+def test_weights_outside_the_models_folder_are_refused(tmp_path):
+    """ONNX Runtime's own check, on which bundles rely (CVE-2024-27318 and its kin)."""
+    (tmp_path / "secret.data").write_bytes(np.eye(4, dtype=np.float32).tobytes())
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    for location in ("../secret.data", str(tmp_path / "secret.data")):
+        tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[4, 4], data_location=TensorProto.EXTERNAL)
+        for key, value in {"location": location, "offset": "0", "length": "64"}.items():
+            tensor.external_data.add(key=key, value=value)
+        nodes = [helper.make_node("MatMul", ["x", "w"], ["y"])]
+        graph = helper.make_graph(nodes, "g", [float_info("x", ["b", 4])], [float_info("y", ["b", 4])], [tensor])
+        path = folder / "model.onnx"
+        path.write_bytes(helper.make_model(graph, ir_version=10).SerializeToString())
+        with pytest.raises(BundleError, match="cannot load the model"):
+            OnnxRunner(path, threads=1).__enter__()
+
+
+def test_a_model_that_is_no_image_classifier_is_refused_with_what_it_has(tmp_path):
+    relu = [helper.make_node("Relu", ["x"], ["y"])]
+    shape = ["b", 3, 8, 8]
+    path = write_graph(tmp_path / "relu.onnx", relu, [float_info("x", shape)], [float_info("y", shape)], {})
+    with pytest.raises(BackendError, match="expected one float32 output with 2 axes, found y: tensor"):
+        OnnxRunner(path).__enter__()
+    path = write_graph(tmp_path / "flat.onnx", relu, [float_info("x", ["b", 4])], [float_info("y", ["b", 4])], {})
+    with pytest.raises(BackendError, match="expected one float32 input with 4 axes"):
+        OnnxRunner(path).__enter__()
+    half = TensorProto.FLOAT16
+    path = write_graph(tmp_path / "h.onnx", relu, [float_info("x", shape, half)], [float_info("y", shape, half)], {})
+    with pytest.raises(BackendError, match="float16"):
+        OnnxRunner(path).__enter__()
+
+
+def test_without_onnxruntime_the_extra_to_install_is_named(model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'mcdeploy\[cpu\]'"):
+        OnnxRunner(model).__enter__()
+
+
+def machine(root, num_cpus=8, siblings=1, **files):
+    """A made-up /sys and /proc; ``siblings`` hardware threads share a core."""
+    for cpu in range(num_cpus):
+        topology = root / f"sys/devices/system/cpu/cpu{cpu}/topology"
+        topology.mkdir(parents=True)
+        first = cpu - cpu % siblings
+        (topology / "thread_siblings_list").write_text(f"{first}-{first + siblings - 1}\n")
+    for path, text in files.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(text)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("siblings", "files", "expected"),
+    [
+        (1, {}, 8),
+        (2, {}, 4),
+        (1, {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "max 100000\n"}, 8),
+        (1, {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "300000 100000\n"}, 3),
+        (1, {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "250000 100000\n"}, 2),
+        (1, {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "50000 100000\n"}, 1),
+        (2, {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "600000 100000\n"}, 4),
+        (1, {"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/cpu.max": "200000 100000\n",
+             "sys/fs/cgroup/a/b/cpu.max": "max 100000\n"}, 2),
+        (1, {"proc/self/cgroup": "0::/host/only\n", "sys/fs/cgroup/cpu.max": "200000 100000\n"}, 2),
+        (1, {"proc/self/cgroup": "3:cpu,cpuacct:/job\n", "sys/fs/cgroup/cpu/job/cpu.cfs_quota_us": "400000\n",
+             "sys/fs/cgroup/cpu/job/cpu.cfs_period_us": "100000\n"}, 4),
+        (1, {"proc/self/cgroup": "3:cpu:/\n", "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
+             "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n"}, 8),
+    ],
+)  # fmt: skip
+def test_available_threads_are_cores_within_affinity_and_quota(tmp_path, monkeypatch, siblings, files, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    assert available_threads(machine(tmp_path, siblings=siblings, **files)) == expected
+
+
+def test_available_threads_keep_to_the_affinity(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 6})
+    assert available_threads(machine(tmp_path, siblings=2)) == 2
+    assert available_threads(tmp_path / "no such machine") == 3
+
+
+def test_the_default_is_what_this_machine_has(model):
+    with OnnxRunner(model) as runner:
+        assert runner.facts()["threads"] == str(available_threads())
+    assert 1 <= available_threads() <= len(os.sched_getaffinity(0))
+
+
+def test_a_bundle_loads_and_infers_where_torch_timm_and_mcdeploy_cannot_be_imported(tmp_path):
+    bundle = write_bundle(tmp_path / "bundle")
+    program = textwrap.dedent(
+        """
+        import importlib, pkgutil, sys
+
+        class Refuse:
+            def find_spec(self, name, path=None, target=None):
+                if name.partition(".")[0] in ("torch", "torchvision", "timm", "mcdeploy", "onnx", "onnxscript"):
+                    raise ImportError(f"{name} was imported")
+
+        sys.meta_path.insert(0, Refuse())
+        import mcruntime
+        for module in pkgutil.walk_packages(mcruntime.__path__, "mcruntime."):
+            importlib.import_module(module.name)
+        from mcruntime.bundle import load_bundle
+        from mcruntime.engine import OnnxRunner
+        bundle = load_bundle(sys.argv[1])
+        with OnnxRunner(bundle.model_path, threads=1) as runner:
+            print("self-test", bundle.selftest(runner))
+        try:
+            import torch
+        except ImportError:
+            print("torch is refused")
+        """
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program, str(bundle)],
+        env={**os.environ, "PYTHONPATH": str(EXPORT)}, cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("self-test")
+    assert "torch is refused" in done.stdout

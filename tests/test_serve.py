@@ -1,0 +1,600 @@
+"""The server answers what the model says, refuses what is wrong in one sentence, and loses no request it took."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import mcruntime
+import mcruntime.server.app as app_module
+import numpy as np
+import pytest
+import uvicorn
+from mcruntime.errors import BundleError, InputError, MissingExtraError, ParityError
+from mcruntime.preprocess import Preprocessing, prepare
+from mcruntime.server import serve
+from mcruntime.server.__main__ import main
+from mcruntime.server.app import App, ServedModel
+from mcruntime.server.executor import Executor
+from mcruntime.server.protocol import ModelSpec
+from mcruntime.server.run import _DrainingServer
+from PIL import Image
+from tiny_onnx import LABELS, expected_logits, some_images, write_bundle, write_model
+
+EXPORT = Path(mcruntime.__file__).parents[1]
+HOW = Preprocessing(image_size=8, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), interpolation="bicubic", crop_pct=1.0)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_listens_in_this_process(monkeypatch):
+    """A check of ``serve`` that fails to stop it would wait for ever."""
+    monkeypatch.setattr(uvicorn.Server, "run", lambda *_, **__: pytest.fail("the server listens"))
+
+
+class Fake:
+    """A runner of five lines; with a gate, it answers when the gate opens."""
+
+    def __init__(self, answer=expected_logits, gate=None):
+        self.answer, self.gate, self.num_started = answer, gate, 0
+
+    def infer(self, images):
+        self.num_started += 1
+        if self.gate is not None:
+            assert self.gate.wait(10)
+        return self.answer(images)
+
+
+def served(runner=None, name="tiny", max_queue=64, max_batch_size=4):
+    spec = ModelSpec(name, "image", (3, 8, 8), "logits", len(LABELS), max_batch_size)
+    return ServedModel(spec, LABELS, HOW, Executor(runner or Fake(), max_queue))
+
+
+@pytest.fixture
+def app():
+    app = App([served()], max_body_bytes=200_000)
+    yield app
+    app.close()
+
+
+@contextlib.asynccontextmanager
+async def client_of(app):
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+        yield client
+
+
+def call(app, method, path, **options):
+    async def one():
+        async with client_of(app) as client:
+            return await client.request(method, path, **options)
+
+    return asyncio.run(one())
+
+
+def error_of(response, status):
+    """The sentence of an error answer: JSON, alone, and without anything internal in it."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    ((key, message),) = response.json().items()
+    assert key == "error"
+    for leak in (str(EXPORT), "/tmp", "Traceback", "mcruntime", "object at 0x", str(os.getpid())):
+        assert leak not in message
+    return message
+
+
+def infer_request(images=None, **changes):
+    images = some_images(1) if images is None else images
+    tensor = {"name": "image", "shape": list(images.shape), "datatype": "FP32", "data": images.ravel().tolist()}
+    return {"inputs": [tensor | changes]}
+
+
+def encoded(image, kind="PNG"):
+    stream = io.BytesIO()
+    image.save(stream, kind)
+    return stream.getvalue()
+
+
+RED = Image.new("RGB", (11, 9), (250, 10, 10))
+INFER = "/v2/models/tiny/infer"
+
+
+# health and metadata
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize(("path", "tree"), [("live", {"live": True}), ("ready", {"ready": True})])
+def test_health_answers_200(app, method, path, tree):
+    response = call(app, method, f"/v2/health/{path}")
+    assert response.status_code == 200
+    assert method == "HEAD" or response.json() == tree
+
+
+def test_a_draining_server_lives_but_is_not_ready_and_takes_no_work(app):
+    app.draining = True
+    assert call(app, "GET", "/v2/health/live").status_code == 200
+    assert call(app, "GET", "/v2/health/ready").status_code == 503
+    assert call(app, "GET", "/v2/models/tiny/ready").status_code == 503
+    response = call(app, "POST", INFER, json=infer_request())
+    assert "shutting down" in error_of(response, 503)
+    assert response.headers["retry-after"] == "1"
+
+
+def test_server_metadata_lists_only_what_there_is(app):
+    tree = call(app, "GET", "/v2").json()
+    assert tree["name"] == "mcdeploy"
+    assert tree["extensions"] == []
+
+
+@pytest.mark.parametrize("path", ["/v2/models/tiny", "/v2/models/tiny/versions/1"])
+def test_model_metadata_names_shapes_with_the_batch_as_minus_one(app, path):
+    assert call(app, "GET", path).content == (
+        b'{"name":"tiny","versions":["1"],"platform":"onnxruntime_onnx",'
+        b'"inputs":[{"name":"image","datatype":"FP32","shape":[-1,3,8,8]}],'
+        b'"outputs":[{"name":"logits","datatype":"FP32","shape":[-1,4]}]}'
+    )
+    assert call(app, "GET", f"{path}/ready").status_code == 200
+
+
+@pytest.mark.parametrize("path", ["", "/ready", "/infer", "/predict"])
+def test_an_unknown_model_or_version_is_404(app, path):
+    method = "POST" if path in ("/infer", "/predict") else "GET"
+    message = error_of(call(app, method, f"/v2/models/nope{path}"), 404)
+    assert message == "Request for unknown model: 'nope' is not found"
+    message = error_of(call(app, method, f"/v2/models/tiny/versions/7{path}"), 404)
+    assert message == "Request for unknown model: 'tiny' version 7 is not found"
+
+
+@pytest.mark.parametrize("path", ["/", "/v2/", "/v3", "/v2/models", "/v2/models/tiny/infer/", "/v2/models/../../etc"])
+def test_an_unknown_path_is_404(app, path):
+    assert "nothing at this path" in error_of(call(app, "GET", path), 404)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [("GET", INFER, {"POST"}), ("DELETE", "/v2", {"GET", "HEAD"}), ("GET", "/predict", {"POST"})],
+)
+def test_a_wrong_method_is_405_and_says_which_are_allowed(app, method, path, allowed):
+    response = call(app, method, path)
+    assert error_of(response, 405) == "Method Not Allowed"
+    assert set(response.headers["allow"].replace(" ", "").split(",")) == allowed
+
+
+# infer
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("path", [INFER, "/v2/models/tiny/versions/1/infer"])
+def test_infer_answers_the_logits(app, batch, nested, path):
+    images = some_images(batch)
+    changes = {"data": images.tolist()} if nested else {}
+    output = call(app, "POST", path, json=infer_request(images, **changes)).json()["outputs"][0]
+    assert (output["name"], output["datatype"], output["shape"]) == ("logits", "FP32", [batch, 4])
+    assert output["data"] == expected_logits(images).astype(np.float64).ravel().tolist()
+
+
+def test_the_answer_is_compact_and_in_the_order_clients_know():
+    app = App([served(Fake(lambda images: np.array([[0.1, -2, 0, 3]], dtype=np.float32)))])
+    request = {"id": "a1", **infer_request(), "parameters": {"priority": 1}}
+    assert call(app, "POST", INFER, json=request).content == (
+        b'{"id":"a1","model_name":"tiny","model_version":"1","outputs":[{"name":"logits","datatype":"FP32",'
+        b'"shape":[1,4],"data":[0.10000000149011612,-2.0,0.0,3.0]}]}'
+    )
+    del request["id"]
+    assert b'{"model_name":' in call(app, "POST", INFER, json=request).content[:15]
+
+
+def test_no_content_type_is_needed(app):
+    assert call(app, "POST", INFER, content=json.dumps(infer_request())).status_code == 200
+
+
+def test_an_output_may_be_named_and_wishes_for_binary_are_answered_in_json(app):
+    request = infer_request() | {"outputs": [{"name": "logits", "parameters": {"binary_data": True}}]}
+    response = call(app, "POST", INFER, json=request | {"parameters": {"binary_data_output": True}})
+    assert response.headers["content-type"] == "application/json"
+    assert len(response.json()["outputs"][0]["data"]) == 4
+
+
+TOO_MANY = some_images(5)
+BAD_REQUESTS = [
+    ({"inputs": []}, "expected 1 inputs but got 0 inputs for model 'tiny'"),
+    ({}, "'inputs' must be an array"),
+    ({"inputs": {}}, "'inputs' must be an array"),
+    ({"inputs": [1]}, "'inputs' must be an array of objects"),
+    ({"inputs": infer_request()["inputs"] * 2}, "expected 1 inputs but got 2 inputs"),
+    (infer_request(name="wrong"), "unexpected inference input 'wrong' for model 'tiny'"),
+    (infer_request(name=None), "unexpected inference input (NoneType)"),
+    (infer_request(datatype="INT32"), "data-type is 'INT32', but model 'tiny' expects 'FP32'"),
+    (infer_request(datatype="FP16"), "FP16 has no JSON form; send FP32"),
+    (infer_request(datatype=None), "data-type is (NoneType)"),
+    (infer_request(shape=[1, 3, 4, 8]), "unexpected shape for input 'image' for model 'tiny'. Expected [-1,3,8,8]"),
+    (infer_request(shape=[3, 8, 8]), "Expected [-1,3,8,8], got [3,8,8]"),
+    (infer_request(shape=[0, 3, 8, 8], data=[]), "got [0,3,8,8]"),
+    (infer_request(shape=[-1, 3, 8, 8]), "got [-1,3,8,8]"),
+    (infer_request(shape=[10**9, 3, 8, 8]), "batch-size must be <= 4"),
+    (infer_request(shape=[10**30, 3, 8, 8]), "batch-size must be <= 4"),
+    (infer_request(shape=[1.0, 3, 8, 8]), "must be an array of integers"),
+    (infer_request(shape=[True, 3, 8, 8]), "must be an array of integers"),
+    (infer_request(shape="1,3,8,8"), "must be an array of integers"),
+    (infer_request(TOO_MANY), "inference request batch-size must be <= 4 for 'tiny'"),
+    (infer_request(data=[0.0] * 191), "expected 192 numbers, got 191"),
+    (infer_request(data=[]), "expected 192 numbers, got 0"),
+    (infer_request(data=None), "needs 'data', an array of numbers"),
+    (infer_request(data="AAAA"), "needs 'data', an array of numbers"),
+    (infer_request(data=[True] * 192), "must hold numbers only"),
+    (infer_request(data=["1.5"] * 192), "must hold numbers only"),
+    (infer_request(data=[None] + [0.0] * 191), "must hold numbers only"),
+    (infer_request(data=[1e39] + [0.0] * 191), "too large for FP32"),
+    (infer_request(data=[10**400] + [0.0] * 191), "too large for FP32"),
+    (infer_request(data=some_images(1).transpose(0, 2, 3, 1).tolist()), "nested, but not as its shape"),
+    (infer_request(data=[[0.0] * 192]), "nested, but not as its shape"),
+    (infer_request(data=[[[[0.0] * 8] * 7 + [0.0] * 8] * 3]), "nested, but not as its shape"),
+    (infer_request(parameters={"binary_data_size": 768}), "binary tensors are not supported yet"),
+    (infer_request(parameters={"shared_memory_region": "x"}), "shared memory is not supported"),
+    (infer_request() | {"id": 7}, "'id' must be a string"),
+    (infer_request() | {"parameters": []}, "'parameters' must be an object"),
+    (infer_request() | {"parameters": {"x": None}}, "parameter 'x' has invalid type"),
+    (infer_request() | {"outputs": [{"name": "nope"}]}, "unexpected inference output 'nope' for model 'tiny'"),
+    (infer_request() | {"outputs": [{"name": "logits", "parameters": {"classification": 2}}]}, "not supported yet"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("request_tree", "message"), BAD_REQUESTS, ids=[message for _, message in BAD_REQUESTS])
+def test_a_wrong_infer_request_is_400_and_says_why(app, request_tree, message):
+    assert message in error_of(call(app, "POST", INFER, content=json.dumps(request_tree)), 400)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"", "failed to parse the request JSON buffer"),
+        (b"{", "at 1"),
+        (b"[1]", "expected an object"),
+        (b"\xff\xfe\x00", "failed to parse"),
+        (b"[" * 100_000, "nested too deep"),
+        (b'{"inputs":[{"data":[' + b"9" * 5000 + b"]}]}", "not a number"),
+    ],
+)
+def test_what_is_not_json_is_400(app, body, message):
+    assert message in error_of(call(app, "POST", INFER, content=body), 400)
+
+
+@pytest.mark.parametrize("constant", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_nan_and_infinity_are_400(app, constant):
+    text = json.dumps(infer_request(data=["HERE"] + [0.0] * 191)).replace('"HERE"', constant)
+    message = error_of(call(app, "POST", INFER, content=text), 400)
+    assert "is not a JSON number" in message or "too large" in message
+
+
+@pytest.mark.parametrize("length", ["0", "100", "x"])
+def test_a_binary_request_is_told_that_it_is_too_early(app, length):
+    response = call(app, "POST", INFER, content=b"{}", headers={"Inference-Header-Content-Length": length})
+    assert "not supported yet" in error_of(response, 400)
+
+
+def chunks(num_bytes, size=10_000):
+    async def stream():
+        for _ in range(num_bytes // size):
+            yield b" " * size
+
+    return stream()
+
+
+@pytest.mark.parametrize("path", [INFER, "/predict"])
+def test_a_body_that_is_too_large_is_413_however_it_comes(app, path):
+    for content in (b" " * 200_001, chunks(210_000), chunks(2_000_000)):
+        assert "larger than 200000 bytes" in error_of(call(app, "POST", path, content=content), 413)
+    assert call(app, "POST", path, content=b" " * 200_000).status_code == 400, "the limit itself is no overflow"
+
+
+def test_a_compressed_body_is_415(app):
+    response = call(app, "POST", INFER, content=b"x", headers={"Content-Encoding": "gzip"})
+    assert "send the body uncompressed" in error_of(response, 415)
+
+
+def test_a_body_that_does_not_arrive_is_408(app, monkeypatch):
+    monkeypatch.setattr(app_module, "BODY_TIMEOUT_S", 0.05)
+
+    async def stalled():
+        yield b"{"
+        await asyncio.sleep(5)
+
+    assert "did not arrive" in error_of(call(app, "POST", INFER, content=stalled()), 408)
+
+
+# predict
+
+
+@pytest.mark.parametrize("path", ["/predict", "/v2/models/tiny/predict", "/v2/models/tiny/versions/1/predict"])
+@pytest.mark.parametrize("how", ["raw", "multipart", "as curl --data-binary"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_predict_names_the_class(app, path, how, kind):
+    data = encoded(RED, kind)
+    options = {
+        "raw": {"content": data, "headers": {"Content-Type": "image/png"}},
+        "multipart": {"files": {"file": ("red.png", data)}},
+        "as curl --data-binary": {"content": data, "headers": {"Content-Type": "application/x-www-form-urlencoded"}},
+    }[how]
+    tree = call(app, "POST", path, **options).json()
+    assert (tree["label"], tree["index"]) == ("red", 0)
+    assert tree["top"][0] == {key: tree[key] for key in ("label", "index", "probability")}
+
+
+def test_predict_gives_softmax_probabilities_in_order(app):
+    top = call(app, "POST", "/predict", content=encoded(RED)).json()["top"]
+    logits = expected_logits(prepare(RED, HOW)[None])[0].astype(np.float64)
+    probabilities = np.exp(logits) / np.exp(logits).sum()
+    assert [entry["index"] for entry in top] == list(np.argsort(-probabilities))
+    np.testing.assert_allclose([entry["probability"] for entry in top], np.sort(probabilities)[::-1], rtol=1e-12)
+    assert [LABELS[entry["index"]] for entry in top] == [entry["label"] for entry in top]
+
+
+def test_predict_gives_at_most_five_classes_even_of_huge_logits():
+    spec = ModelSpec("tiny", "image", (3, 8, 8), "logits", 9, 4)
+    runner = Fake(lambda images: np.arange(9, dtype=np.float32)[None] * 1e4)
+    app = App([ServedModel(spec, tuple("abcdefghi"), HOW, Executor(runner, 4))])
+    tree = call(app, "POST", "/predict", content=encoded(RED)).json()
+    assert [entry["label"] for entry in tree["top"]] == list("ihgfe")
+    assert tree["probability"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"content": b""}, "the image is empty"),
+        ({"content": b"hello"}, "not an image that can be read"),
+        ({"content": encoded(RED)[:50]}, "damaged or cut short"),
+        ({"files": {"picture": ("x.png", encoded(RED))}}, "no field 'file'"),
+        ({"data": {"file": "text"}, "files": {"other": ("x", b"")}}, "has no filename"),
+        ({"files": {"file": ("x.png", b"hello")}}, "not an image that can be read"),
+        ({"files": [("file", ("a", b"x")), ("file", ("b", b"x"))]}, "Too many files"),
+        ({"content": b"x", "headers": {"Content-Type": "multipart/form-data"}}, "Missing boundary"),
+        ({"content": b"x", "headers": {"Content-Type": "multipart/form-data; boundary=b"}}, "multipart form"),
+    ],
+)
+def test_a_wrong_image_is_400_and_says_why(app, options, message):
+    assert message in error_of(call(app, "POST", "/predict", **options), 400)
+
+
+def test_with_several_models_each_has_its_own_predict():
+    app = App([served(), served(Fake(lambda images: -expected_logits(images)), name="inverse")])
+    assert "/v2/models/{name}/predict" in error_of(call(app, "POST", "/predict", content=encoded(RED)), 404)
+    assert call(app, "POST", "/v2/models/tiny/predict", content=encoded(RED)).json()["label"] == "red"
+    assert call(app, "POST", "/v2/models/inverse/predict", content=encoded(RED)).json()["label"] != "red"
+
+
+# failures inside, overload, draining
+
+
+@pytest.mark.parametrize("problem", [ParityError("/secret/path: NaN"), ValueError("/secret/path"), BundleError("/x")])
+def test_a_failure_inside_is_500_and_tells_nothing(problem):
+    def fail(images):
+        raise problem
+
+    app = App([served(Fake(fail))])
+    assert "secret" not in error_of(call(app, "POST", INFER, json=infer_request()), 500)
+    assert app.in_flight == 0
+
+
+async def until(condition):
+    for _ in range(500):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("waited 5 s")
+
+
+def test_a_full_queue_is_503_at_once_and_every_request_taken_is_answered():
+    gate = threading.Event()
+    runner = Fake(gate=gate)
+    app = App([served(runner, max_queue=2)])
+
+    async def scenario():
+        async with client_of(app) as client:
+            taken = [
+                asyncio.create_task(client.post(INFER, json=infer_request(some_images(1, seed=i)))) for i in range(3)
+            ]
+            await until(lambda: app.in_flight == 3 and runner.num_started == 1)
+            await asyncio.sleep(0.05)
+            started = time.monotonic()
+            refused = await client.post(INFER, json=infer_request())
+            no_image = await client.post("/predict", content=encoded(RED))
+            took = time.monotonic() - started
+            alive = await client.get("/v2/health/live")
+            gate.set()
+            return (
+                await asyncio.gather(*taken),
+                refused,
+                no_image,
+                took,
+                alive,
+                await client.post(INFER, json=infer_request()),
+            )
+
+    taken, refused, no_image, took, alive, afterwards = asyncio.run(scenario())
+    for i, response in enumerate(taken):
+        expected = expected_logits(some_images(1, seed=i)).astype(np.float64).ravel().tolist()
+        assert response.json()["outputs"][0]["data"] == expected
+    for response in (refused, no_image):
+        assert "Exceeds maximum queue size" in error_of(response, 503)
+        assert response.headers["retry-after"] == "1"
+    assert took < 1
+    assert alive.status_code == afterwards.status_code == 200
+    assert runner.num_started == 4
+
+
+def test_draining_finishes_what_is_in_flight_and_refuses_the_rest():
+    gate = threading.Event()
+    runner = Fake(gate=gate)
+    app = App([served(runner)])
+
+    async def scenario():
+        async with client_of(app) as client:
+            first, second = (asyncio.create_task(client.post(INFER, json=infer_request())) for _ in range(2))
+            await until(lambda: app.in_flight == 2 and runner.num_started == 1)
+            app.draining = True
+            refused = await client.post(INFER, json=infer_request())
+            ready = await client.get("/v2/health/ready")
+            gate.set()
+            return (await first).status_code, (await second).status_code, refused.status_code, ready.status_code
+
+    assert asyncio.run(scenario()) == (200, 200, 503, 503)
+    assert app.in_flight == 0
+
+
+def test_requests_that_outlast_the_drain_are_cut_off_and_counted():
+    gate = threading.Event()
+    runner = Fake(gate=gate)
+    app = App([served(runner)])
+
+    async def scenario(listener):
+        server = _DrainingServer(app, drain_s=0.2)
+        running = asyncio.create_task(server.serve(sockets=[listener]))
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}") as client:
+            request = asyncio.create_task(client.post(INFER, json=infer_request()))
+            await until(lambda: runner.num_started == 1)
+            started = time.monotonic()
+            server.should_exit = True
+            await running
+            took = time.monotonic() - started
+            gate.set()
+            await asyncio.gather(request, return_exceptions=True)
+        return server.num_cut_off, took
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        num_cut_off, took = asyncio.run(scenario(listener))
+    assert num_cut_off == 1
+    assert 0.2 < took < 5
+
+
+# the whole server
+
+
+def test_a_port_in_use_is_a_sentence(tmp_path):
+    bundle = write_bundle(tmp_path / "b")
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        port = busy.getsockname()[1]
+        with pytest.raises(InputError, match=rf"127\.0\.0\.1:{port} is in use already; choose another --port"):
+            serve([bundle], port=port)
+
+
+@pytest.mark.parametrize(
+    ("host", "port"), [("no.such.host.invalid", 0), ("127.0.0.1", 99_999), ("127.0.0.1", -1), ("192.0.2.1", 0)]
+)
+def test_an_address_that_cannot_be_listened_on_is_a_sentence(tmp_path, host, port):
+    with pytest.raises(InputError, match=f"{host}:{port}: "):
+        serve([write_bundle(tmp_path / "b")], host=host, port=port)
+
+
+def test_nothing_to_serve_and_two_of_one_name_are_refused(tmp_path):
+    with pytest.raises(InputError, match="at least one bundle"):
+        serve([], port=0)
+    with pytest.raises(InputError, match="both named 'tiny'; serve one of them"):
+        serve([write_bundle(tmp_path / "a"), write_bundle(tmp_path / "b")], port=0)
+    for wrong in ({"max_batch_size": 0}, {"max_queue": -1}):
+        with pytest.raises(InputError, match=f"{next(iter(wrong))}: expected at least"):
+            serve([tmp_path / "a"], port=0, **wrong)
+
+
+@pytest.mark.parametrize(("module", "package"), [("uvicorn", "uvicorn"), ("python_multipart", "python-multipart")])
+def test_without_its_packages_serve_names_the_extra_to_install(monkeypatch, module, package):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingExtraError, match=rf"'{package}'; install it with: pip install 'mcdeploy\[serve\]'"):
+        serve([Path("bundle")])
+
+
+def test_a_damaged_bundle_is_not_served_and_exits_with_2(tmp_path, capsys):
+    bundle = write_bundle(tmp_path / "b")
+    (bundle / "certificate.json").write_text("{}")
+    assert main([str(bundle), "--port", "0"]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: ")
+    assert "certificate.json" in printed.err
+    assert "listening" not in printed.out
+
+
+def test_a_model_that_fails_its_selftest_is_not_served_and_exits_with_1(tmp_path, capsys):
+    from mcruntime.bundle import seal
+    from tiny_onnx import BIAS, tiny_manifest
+
+    bundle = write_bundle(tmp_path / "b")
+    write_model(bundle / "model.onnx", bias=BIAS + np.float32(0.1))
+    seal(bundle, tiny_manifest())
+    assert main([str(bundle), "--port", "0"]) == 1
+    assert "self-test" in capsys.readouterr().err
+
+
+class Process:
+    """``python -m mcruntime.server`` on a free port, with what it printed."""
+
+    def __init__(self, *arguments):
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "error", "-m", "mcruntime.server", *map(str, arguments), "--port", "0"],
+            env={**os.environ, "PYTHONPATH": str(EXPORT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self.lines = []
+        while not self.lines or not self.lines[-1].startswith("listening"):
+            line = self.process.stdout.readline()
+            assert line, self.process.stderr.read()
+            self.lines.append(line.strip())
+        self.url = self.lines[-1].removeprefix("listening on ")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.process.kill()
+        self.process.communicate()
+
+
+def read_answer(connection):
+    """Status and body of one answer, after which the server closes the connection."""
+    data = b""
+    while chunk := connection.recv(65536):
+        data += chunk
+    head, _, body = data.partition(b"\r\n\r\n")
+    return int(head.split()[1]), body
+
+
+def test_sigterm_answers_the_request_in_flight_refuses_new_ones_and_exits_with_0(tmp_path):
+    """The request in flight is one whose body arrives slowly: its last byte is held back until the signal is seen."""
+    bundle = write_bundle(tmp_path / "b")
+    with Process(bundle) as server, httpx.Client(base_url=server.url) as client:
+        assert len(server.lines) == 2
+        assert server.lines[0].startswith("tiny: bundle ")
+        images = some_images(2)
+        body = json.dumps(infer_request(images)).encode()
+        expected = client.post(INFER, content=body).json()
+        np.testing.assert_allclose(expected["outputs"][0]["data"], expected_logits(images).ravel(), atol=1e-6)
+        assert client.post("/predict", content=encoded(RED)).json()["label"] == "red"
+        assert client.post(INFER, content=b" " * (33 << 20)).status_code == 413
+
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=10) as slow:
+            head = f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\nExpect: 100-continue\r\n\r\n"
+            slow.sendall(head.encode() + body[:-1])
+            assert slow.recv(65536).startswith(b"HTTP/1.1 100 ")  # the server reads the body: the request is in flight
+            server.process.send_signal(signal.SIGTERM)
+            deadline = time.monotonic() + 5
+            while client.get("/v2/health/ready").status_code != 503:
+                assert time.monotonic() < deadline
+            with httpx.Client(base_url=server.url) as another:
+                assert another.get("/v2/health/live").status_code == 200
+                assert another.post(INFER, content=body).status_code == 503
+            slow.sendall(body[-1:])
+            status, answer = read_answer(slow)
+        assert status == 200
+        assert json.loads(answer) == expected
+        assert server.process.wait(10) == 0
+        assert server.process.stderr.read() == ""
