@@ -1,12 +1,13 @@
 """One file holds a training run's state: tensors as safetensors, everything else as JSON in the file's header.
 
-Loading means: build the backbone from the header's recipe, apply its topology, fill in the tensors. Nothing in the file
-can run code. A file is written beside its target, flushed to the disk, and then takes the target's place in one step, so
-that a crash or a full disk leaves the previous one whole.
+Loading means: build the backbone from the header's recipe, apply its topology, fill in the tensors. Nothing in the
+file can run code. A file is written beside its target, flushed to the disk, and then takes the target's place in one
+step, so that a crash or a full disk leaves the previous one whole.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -107,10 +108,23 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
     return tensors, values
 
 
-def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+def unpack_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], values: Mapping[str, Any]
+) -> None:
     """Fill an optimizer that was built the same way."""
     state: dict[int, dict[str, Any]] = {}
     for key, value in {**tensors, **values}.items():
         index, _, slot = key.partition(".")
         state.setdefault(int(index), {})[slot] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_json(data: Any) -> str:
+    """Hex digest of plain data, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

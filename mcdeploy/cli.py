@@ -5,16 +5,24 @@ Exit codes: 0 done; 1 a promise failed; 2 the user's input is wrong. Expected er
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mcdeploy.errors import McdeployError, MissingExtraError
+from mcdeploy.errors import InputError, McdeployError, MissingExtraError
 
 if TYPE_CHECKING:
-    from mcdeploy.recipe import Recipe
+    from mcdeploy.bench import BenchReport
+    from mcdeploy.data import Loaders
+    from mcdeploy.package import Shipped
+    from mcdeploy.recipe import DataConfig, Recipe
+    from mcdeploy.targets import Target
+    from mcdeploy.train import TrainResult
 
 app = typer.Typer(
     help="Learn which connections of a vision backbone matter, remove the rest, prove it, ship it.",
@@ -23,29 +31,180 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+BUNDLE, PROGRAM, REPORT = "bundle", "compiled.pt2", "report.html"
+
+RunArgument = Annotated[Path, typer.Argument(help="A run folder.", show_default=False)]
 SetOption = Annotated[
     list[str], typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key of the recipe; may be repeated.")
+]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the result as JSON to this file.")]
+DataOption = Annotated[
+    str | None, typer.Option("--data", help="A folder with train/ and val/, or 'digits'; default: the run's own.")
 ]
 
 
 @app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where the run goes.")] = Path("demo"),
+) -> None:
+    """All of it on data that ships with a package: train, prune-export, bench, one served prediction, a report."""
+    with _extra("mcdeploy demo", "train"):
+        from mcdeploy import demo as showing
+    from mcdeploy.recipe import load_recipe
+
+    recipe = load_recipe(_find_recipe(Path("digits")))
+    print(f"1/5 train: {recipe.model.backbone} on digits, MaskConnect, {recipe.train.epochs} epochs")
+    result, loaders = _train(recipe, out, resume=False)
+    print("2/5 prune-export")
+    shipped = _prune_export(out, out / BUNDLE)
+    print("3/5 bench: the dense backbone against the pruned net, ONNX Runtime, interleaved")
+    bench = _bench([recipe.model.backbone, str(out / BUNDLE)], ["onnx"], [1, 32], seconds=8.0, threads=None)
+    print("4/5 serve: one prediction over HTTP")
+    answer = showing.ask_server(
+        shipped.bundle.folder, loaders.val, loaders.preprocessing, shipped.bundle.manifest.labels
+    )
+    print(f"    a held-out {answer.true_label}: the server says {answer.label} ({answer.probability:.1%})")
+    print("5/5 report")
+    _report(out, shipped, bench, "mcdeploy demo")
+    showing.print_summary(result.accuracy.top1, shipped, bench, out / REPORT)
+
+
+@app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A recipe file, or the name of one that ships.")],
+    recipe: Annotated[Path, typer.Argument(help="A recipe file, or the name of one that ships.", show_default=False)],
     out: Annotated[Path | None, typer.Option(help="The run folder; default: runs/<name of the recipe>.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint in the run folder.")] = False,
     overrides: SetOption = [],  # noqa: B006  typer copies it
+    json_file: JsonOption = None,
 ) -> None:
     """Train a recipe; leaves a checkpoint, metrics.jsonl and TensorBoard files in the run folder."""
     from mcdeploy.recipe import load_recipe
 
     loaded = load_recipe(_find_recipe(recipe), tuple(overrides))
     run = out or Path("runs") / loaded.name
-    result = _train(loaded, run, resume)
-    print(f"top-1 {result:.2%} on the validation images; the run is in {run}")
+    result, _ = _train(loaded, run, resume)
+    _write_json(
+        json_file, {"top1": result.accuracy.top1, "loss": result.accuracy.loss, "images": result.accuracy.images}
+    )
+    print(f"top-1 {result.accuracy.top1:.2%} on {result.accuracy.images} validation images; the run is in {run}")
+    print(f"next: mcdeploy prune-export {run}")
 
 
-def _train(recipe: Recipe, run: Path, resume: bool) -> float:
-    """Data, model and loop of one recipe; returns the top-1 accuracy, 0..1."""
+@app.command("prune-export")
+def prune_export(
+    run: RunArgument,
+    out: Annotated[Path | None, typer.Option(help="The bundle folder; default: RUN/bundle.")] = None,
+    backend: Annotated[list[str], typer.Option(help="onnx is what there is today.")] = ["onnx"],  # noqa: B006
+    precision: Annotated[list[str], typer.Option(help="fp32 is what there is today.")] = ["fp32"],  # noqa: B006
+    data: DataOption = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Compile a trained run, export it, prove it, and seal it as a bundle. Also leaves compiled.pt2 in the run."""
+    _only("--backend", backend, ["onnx"])
+    _only("--precision", precision, ["fp32"])
+    shipped = _prune_export(run, out or run / BUNDLE, data)
+    _report(run, shipped, None, f"mcdeploy prune-export {run}")
+    certificate, manifest = shipped.certificate, shipped.bundle.manifest
+    _write_json(json_file, manifest.model_dump(mode="json"))
+    print(f"parameters {certificate.parameters[0]:,} -> {certificate.parameters[1]:,}")
+    print(f"MACs {certificate.macs[0]:,} -> {certificate.macs[1]:,}")
+    print(f"top-1 {shipped.agreement.accuracy_before:.2%} -> {shipped.agreement.accuracy_after:.2%}")
+    print(f"bundle {shipped.bundle.folder} ({manifest.id[:12]}), report {run / REPORT}")
+
+
+@app.command("eval")
+def evaluate(
+    target: Annotated[str, typer.Argument(metavar="RUN|BUNDLE|MODEL", help="What to evaluate.", show_default=False)],
+    data: DataOption = None,
+    weights: Annotated[Path | None, typer.Option(help="A .safetensors file for a timm backbone.")] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Top-1 accuracy on the validation images, in fp32."""
+    with _extra("mcdeploy eval", "train"):
+        from mcdeploy.targets import evaluate_target
+    opened, config = _open_target(target, data, weights)
+    loaders = _loaders_of(config)
+    accuracy = evaluate_target(opened, loaders, image_size=config.image_size)
+    _write_json(json_file, {"top1": accuracy.top1, "loss": accuracy.loss, "images": accuracy.images})
+    print(f"{target}: top-1 {accuracy.top1:.2%} on {accuracy.images} images (loss {accuracy.loss:.4f})")
+
+
+@app.command()
+def bench(
+    targets: Annotated[list[str], typer.Argument(metavar="A [B ...]", help="Runs, bundles, model files, timm names.")],
+    backend: Annotated[
+        list[str], typer.Option(help="onnx, pytorch, compiled, cuda, tensorrt, pytorch-cuda, compiled-cuda.")
+    ] = ["onnx"],  # noqa: B006
+    batch: Annotated[list[int], typer.Option(min=1, help="Batch sizes.")] = [1],  # noqa: B006
+    seconds: Annotated[float, typer.Option(min=0.1, help="Time for each batch size, all models together.")] = 10.0,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: the physical cores.")] = None,
+    image_size: Annotated[int | None, typer.Option(min=1, help="Pixels; default: what the models say.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw the distributions into this file.")] = None,
+    json_file: JsonOption = None,
+    baseline: Annotated[
+        Path | None, typer.Option(help="A JSON file of an earlier bench to compare ratios with.")
+    ] = None,
+    fail_if_slower: Annotated[str, typer.Option(help="How much slower than the baseline is still fine.")] = "5%",
+) -> None:
+    """Latency of A against B, interleaved, with intervals; exit code 1 when slower than the baseline allows."""
+    with _extra("mcdeploy bench", "train"):
+        from mcdeploy.bench import check_baseline, read_report
+    report = _bench(targets, backend, batch, seconds, threads, image_size)
+    _print_bench(report)
+    if plot:
+        report.plot(plot)
+    _write_json(json_file, report.to_json())
+    if baseline:
+        for line in check_baseline(report, read_report(baseline), _percent(fail_if_slower)):
+            print(line)
+
+
+@app.command()
+def inspect(
+    target: Annotated[
+        str, typer.Argument(metavar="RUN|MODEL", help="A run folder or a timm name.", show_default=False)
+    ],
+    out: Annotated[Path | None, typer.Option(help="Draw the wiring into this .svg file.")] = None,
+    image_size: Annotated[int | None, typer.Option(min=1, help="Pixels; default: the model's own.")] = None,
+) -> None:
+    """Stages, wiring, parameters and MACs; draws the wiring."""
+    with _extra("mcdeploy inspect", "train"):
+        from mcdeploy.report import draw_wiring
+        from mcdeploy.targets import describe_model
+    opened, config = _open_target(target, None, None, image_size)
+    topology = describe_model(opened, image_size or config.image_size)
+    if out:
+        out.write_text(draw_wiring(topology, title=target), encoding="utf-8")
+        print(f"drew {out}")
+
+
+@app.command()
+def serve(
+    bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE [BUNDLE ...]", help="Bundle folders.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 8000,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of one inference.")] = None,
+    max_batch_size: Annotated[int, typer.Option(min=1, help="Images in one request.")] = 64,
+    max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; more are answered with 503.")] = 64,
+) -> None:
+    """Serve bundles over HTTP: Open Inference Protocol v2 and POST /predict. Refuses a changed bundle."""
+    from mcruntime.server import serve as run_server
+
+    run_server(bundles, host, port, threads=threads, max_batch_size=max_batch_size, max_queue=max_queue)
+
+
+@app.command()
+def recipes() -> None:
+    """The recipes that ship, one line each."""
+    for path in sorted(_recipe_folder().glob("*.yaml")):
+        print(f"{path.stem:32} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
+
+
+# --------------------------------------------------------------------------- from a recipe to the functions that work
+
+
+def _train(recipe: Recipe, run: Path, resume: bool) -> tuple[TrainResult, Loaders]:
+    """Data, model and loop of one recipe."""
     with _extra("mcdeploy train", "train"):
         import torch
 
@@ -54,10 +213,11 @@ def _train(recipe: Recipe, run: Path, resume: bool) -> float:
         from mcdeploy.train import train as run_training
     from mcdeploy.recipe import MaskConnectConfig
 
+    if not resume and (run / "checkpoint.safetensors").exists() and run != Path("demo"):
+        raise InputError(f"{run}: holds a run already; add --resume to continue it, or give another --out")
     torch.manual_seed(recipe.seed)
     loaders = build_loaders(recipe.data, recipe.train.batch_size, recipe.train.eval_batch_size, recipe.seed)
     model = build_model(recipe.model, recipe.connectivity, len(loaders.classes), recipe.data.image_size)
-    gates = recipe.connectivity if isinstance(recipe.connectivity, MaskConnectConfig) else None
     result = run_training(
         model,
         loaders,
@@ -65,35 +225,192 @@ def _train(recipe: Recipe, run: Path, resume: bool) -> float:
         recipe.data,
         seed=recipe.seed,
         out=run,
-        gate_config=gates,
+        gate_config=recipe.connectivity if isinstance(recipe.connectivity, MaskConnectConfig) else None,
         header={"recipe": recipe.model_dump(mode="json")},
         resume=resume,
     )
-    return result.accuracy.top1
+    return result, loaders
+
+
+def _open_run(run: Path) -> tuple[Recipe, Any, dict[str, Any]]:
+    """A finished run: its recipe, its trained and frozen model, and its checkpoint's header."""
+    with _extra("mcdeploy", "train"):
+        from mcdeploy.checkpoint import load_checkpoint
+        from mcdeploy.model import restore_trained
+    from mcdeploy.recipe import parse_recipe
+
+    checkpoint = load_checkpoint(run)
+    recipe = parse_recipe(checkpoint.header["recipe"], f"{run}: recipe")
+    done, epochs = checkpoint.header["epochs_done"], recipe.train.epochs
+    if done < epochs:
+        raise InputError(f"{run}: stopped after epoch {done} of {epochs}; finish it with 'mcdeploy train ... --resume'")
+    model = restore_trained(checkpoint, recipe.model, recipe.connectivity, recipe.data.image_size)
+    return recipe, model, checkpoint.header
+
+
+def _prune_export(run: Path, out: Path, data: str | None = None) -> Shipped:
+    recipe, model, header = _open_run(run)
+    with _extra("mcdeploy prune-export", "train"):
+        from mcruntime.preprocess import Preprocessing
+
+        from mcdeploy.checkpoint import FILE_NAME, sha256_of, sha256_of_json
+        from mcdeploy.package import prune_export as make_bundle
+    loaders = _loaders_of(_data_config(recipe.data, data))
+    _same_classes(header["classes"], loaders.classes)
+    return make_bundle(
+        model,
+        loaders.val,
+        recipe.export,
+        name=recipe.name,
+        out=out,
+        labels=header["classes"],
+        preprocessing=Preprocessing.model_validate_json(json.dumps(header["preprocessing"])),
+        parents={"checkpoint": sha256_of(run / FILE_NAME), "recipe": sha256_of_json(header["recipe"])},
+        seeds={"train": recipe.seed},
+        program=run / PROGRAM,
+        say=lambda line: print(f"    {line}"),
+    )
+
+
+def _report(run: Path, shipped: Shipped, bench: BenchReport | None, command: str) -> None:
+    from mcdeploy.checkpoint import load_checkpoint
+    from mcdeploy.report import write_run_report
+
+    manifest = shipped.bundle.manifest
+    write_run_report(
+        run / REPORT,
+        f"{manifest.name}: what mcdeploy did",
+        metrics=run / "metrics.jsonl",
+        candidates=load_checkpoint(run).header["candidates"],
+        certificate=shipped.certificate.to_json(),
+        accuracy=(shipped.agreement.accuracy_before, shipped.agreement.accuracy_after),
+        parity=[row.to_json() for row in shipped.parity],
+        bench=bench,
+        provenance={"command": command, "bundle": manifest.id, **manifest.parents, **manifest.versions},
+    )
+
+
+def _open_target(
+    text: str, data: str | None, weights: Path | None, image_size: int | None = None
+) -> tuple[Target, DataConfig]:
+    """What the user named, and the data section that goes with it."""
+    with _extra("mcdeploy", "train"):
+        from mcdeploy.model import build_backbone
+        from mcdeploy.targets import Target, kind_of, open_file
+    from mcdeploy.recipe import DataConfig, ModelConfig
+
+    kind = kind_of(text)
+    if weights is not None and kind != "backbone":
+        raise InputError(f"--weights: is for timm backbones; {text} is a {kind} and has its own")
+    if kind == "run":
+        recipe, model, header = _open_run(Path(text))
+        target = Target(text, module=model, image_size=recipe.data.image_size, labels=tuple(header["classes"]))
+        return target, _data_config(recipe.data, data)
+    if kind == "backbone":
+        import timm
+
+        import mcdeploy.backbones  # noqa: F401
+
+        cfg = timm.get_pretrained_cfg(text)
+        size = image_size or cfg.input_size[-1]
+        bare = DataConfig(image_size=size, mean=cfg.mean, std=cfg.std, crop_pct=cfg.crop_pct or 1.0)
+        config = ModelConfig(backbone=text, weights=str(weights) if weights else None)
+        module = build_backbone(config, cfg.num_classes, size).eval()
+        return Target(text, module=module, image_size=size), _data_config(bare, data)
+    target = open_file(text)
+    how = target.preprocessing
+    size = target.image_size or image_size or 32
+    bare = DataConfig(image_size=size) if how is None else DataConfig(**how.model_dump())
+    return target, _data_config(bare, data)
+
+
+def _data_config(own: DataConfig, given: str | None) -> DataConfig:
+    """A data section with the source replaced by what --data says."""
+    if given is None:
+        return own
+    source = {"source": "digits", "root": None} if given == "digits" else {"source": "folder", "root": given}
+    return own.model_copy(update={**source, "dataset": None})
+
+
+def _loaders_of(config: DataConfig) -> Loaders:
+    """Loaders to evaluate with: nothing is held in memory or augmented."""
+    from mcdeploy.data import build_loaders
+
+    return build_loaders(config.model_copy(update={"in_memory": False, "images_per_epoch": None}), 2, 100, 0)
+
+
+def _bench(
+    targets: list[str],
+    backends: list[str],
+    batches: list[int],
+    seconds: float,
+    threads: int | None,
+    image_size: int | None = None,
+) -> BenchReport:
+    with _extra("mcdeploy bench", "train"):
+        from mcdeploy.targets import BACKENDS, measure
+    _only("--backend", backends, list(BACKENDS))
+    opened = [_open_target(text, None, None, image_size)[0] for text in targets]
+    return measure(opened, backends, batches, seconds=seconds, threads=threads, image_size=image_size)
+
+
+def _print_bench(report: BenchReport) -> None:
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 140).print(report.table())
+
+
+# -------------------------------------------------------------------------------------------------------- small change
+
+
+def _recipe_folder() -> Path:
+    """Beside the package in a checkout, inside it when installed."""
+    beside = Path(__file__).parents[1] / "recipes"
+    return beside if (beside / "digits.yaml").exists() else Path(__file__).parent / "recipes"
 
 
 def _find_recipe(given: Path) -> Path:
     """A path as it is, or the shipped recipe of that name."""
-    if given.suffix in (".yaml", ".yml") or given.exists():
-        return given
-    for folder in (Path(__file__).parent / "recipes", Path(__file__).parents[1] / "recipes"):
-        if (folder / f"{given}.yaml").exists():
-            return folder / f"{given}.yaml"
-    return given
+    shipped = _recipe_folder() / f"{given}.yaml"
+    return shipped if not given.exists() and shipped.exists() else given
 
 
-class _extra:
-    """Turns a missing package into the sentence that names the extra to install."""
+def _only(option: str, given: list[str], known: list[str]) -> None:
+    for value in given:
+        if value not in known:
+            raise InputError(f"{option} {value}: not available; this version has {', '.join(known)}")
 
-    def __init__(self, command: str, extra: str) -> None:
-        self.command, self.extra = command, extra
 
-    def __enter__(self) -> None:
-        return None
+def _same_classes(trained: list[str], found: list[str]) -> None:
+    if trained != found:
+        odd = sorted(set(trained) ^ set(found))
+        raise InputError(f"--data: its classes are not the run's; first difference: {odd[0] if odd else 'their order'}")
 
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith(("mcdeploy", "mcruntime")):
-            raise MissingExtraError(self.command, str(error.name), self.extra) from None
+
+def _percent(text: str) -> float:
+    try:
+        share = float(text.removesuffix("%")) / 100
+    except ValueError:
+        raise InputError(f"--fail-if-slower {text}: expected a percentage such as 5%") from None
+    if share < 0:
+        raise InputError(f"--fail-if-slower {text}: expected 0% or more")
+    return share
+
+
+def _write_json(path: Path | None, data: dict[str, Any]) -> None:
+    if path is not None:
+        path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _extra(command: str, extra: str) -> Iterator[None]:
+    """A missing package becomes the sentence that names the extra to install."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith(("mcdeploy", "mcruntime")):
+            raise
+        raise MissingExtraError(command, str(error.name), extra) from None
 
 
 def main() -> None:
@@ -103,6 +420,9 @@ def main() -> None:
     except McdeployError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        print(f"error: {error.filename or 'the disk'}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -56,7 +56,7 @@ class Source(Protocol):
         """The image, decoded, in whatever mode it has, and its label.
 
         Raises:
-            DataError: it cannot be read; the message opens with its name.
+            ImageError: it cannot be read; the message opens with its name.
         """
 
 
@@ -146,6 +146,13 @@ def build_mixup(config: DataConfig, num_classes: int, label_smoothing: float) ->
 # ---------------------------------------------------------------------------------------------------------- sources
 
 
+class ImageError(DataError):
+    """An image cannot be read. In one sentence even from a worker, whose traceback torch puts before the message."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.rstrip().rpartition("ImageError: ")[2])
+
+
 @dataclass(frozen=True)
 class _Arrays:
     pixels_N: npt.NDArray[np.uint8]  # [N, H, W, 3]
@@ -195,7 +202,7 @@ class _TimmSet:
         try:
             image, label = images[index]
         except DAMAGE as error:
-            raise DataError(f"{self.name(index)}: cannot be read ({error})") from None
+            raise ImageError(f"{self.name(index)}: cannot be read ({error})") from None
         if isinstance(image, Image.Image):
             return image, int(label)
         with image as file:
@@ -208,11 +215,13 @@ def _open_image(file: Any, name: str) -> Image.Image:
             image.load()
             return image
     except UnidentifiedImageError:
-        raise DataError(f"{name}: not an image that Pillow can read; remove it or hide it with a leading dot") from None
+        raise ImageError(
+            f"{name}: not an image that Pillow can read; remove it or hide it with a leading dot"
+        ) from None
     except (FileNotFoundError, PermissionError) as error:
-        raise DataError(f"{name}: cannot open the image ({error.strerror})") from None
+        raise ImageError(f"{name}: cannot open the image ({error.strerror})") from None
     except DAMAGE as error:
-        raise DataError(f"{name}: the image is damaged or cut short ({error}); replace or remove it") from None
+        raise ImageError(f"{name}: the image is damaged or cut short ({error}); replace or remove it") from None
 
 
 def _open_digits(config: DataConfig) -> tuple[Source, Source, list[str]]:
@@ -511,7 +520,7 @@ def _naming(source: Source, index: int) -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        raise DataError(f"{source.name(index)}: {error}") from None
+        raise ImageError(f"{source.name(index)}: {error}") from None
 
 
 def _whole(image: Image.Image) -> Pixels:

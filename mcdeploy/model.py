@@ -31,7 +31,9 @@ def build_backbone(config: ModelConfig, num_classes: int, image_size: int) -> nn
     name = config.backbone
     if not timm.is_model(name):
         near = timm.list_models(f"*{name.split('_')[0]}*")[:5]
-        raise RecipeError(f"model.backbone: timm has no model {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
+        raise RecipeError(
+            f"model.backbone: timm has no model {name!r}" + (f"; near: {', '.join(near)}" if near else "")
+        )
     options: dict[str, Any] = {}
     if config.drop_path is not None:
         options["drop_path_rate"] = config.drop_path

@@ -1,6 +1,6 @@
 """Package: from a trained, frozen model to a bundle that proves itself. The last thing that needs torch.
 
-    trained, frozen --compile--> small module --export--> model.onnx --verify--> bundle, sealed
+trained, frozen --compile--> small module --export--> model.onnx --verify--> bundle, sealed
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def prune_export(
             agreement = agree(frozen_runner, onnx_runner, _as_arrays(val))
             _check_floor(agreement, config)
             logits = frozen_runner.infer(images)
-            certificate = replace(certificate, milliseconds=_milliseconds(frozen_runner, small_runner, images))
+        certificate = replace(certificate, milliseconds=_milliseconds(frozen_runner, small_runner, images))
         (part / CERTIFICATE).write_text(json.dumps(certificate.to_json(), indent=2))
         np.savez(part / "selftest.npz", images=images, logits=logits)
         seal(
@@ -106,7 +106,9 @@ def prune_export(
                 labels=tuple(labels),
                 preprocessing=preprocessing,
                 parents=dict(parents),
-                versions={p: importlib.metadata.version(p) for p in ("mcdeploy", "torch", "timm", "onnx", "onnxruntime")},
+                versions={
+                    p: importlib.metadata.version(p) for p in ("mcdeploy", "torch", "timm", "onnx", "onnxruntime")
+                },
                 accuracy=Accuracy(
                     before=agreement.accuracy_before, after=agreement.accuracy_after, images=agreement.images
                 ),
@@ -149,8 +151,8 @@ def _check_floor(agreement: Agreement, config: ExportConfig) -> None:
 def _milliseconds(before: Runner, after: Runner, images: Images) -> tuple[float, float]:
     """Median milliseconds of one image in PyTorch eager, interleaved; ``bench`` is the place for figures to quote."""
     report = compare_latency([before, after], {1: images[:1]}, seconds=1.0)
-    first, second = report.rows
-    return first.p50.value, second.p50.value
+    first, second = report.latencies
+    return first.p50_ms.value, second.p50_ms.value
 
 
 def _first_images(val: DataLoader[tuple[torch.Tensor, torch.Tensor]], count: int) -> Images:

@@ -111,12 +111,12 @@ class MaskConnectConfig(Section):
     scope: Literal["stage", "network"] = "stage"
     gate_lr: Positive = 0.02
     gate_grad: Literal["raw", "normalised"] = "normalised"
-    gate_init: Literal["uniform", "chain"] = "uniform"  # chain: half of the mass on the block before; for trained weights
+    gate_init: Literal["uniform", "chain"] = (
+        "uniform"  # chain: half of the mass on the block before; for trained weights
+    )
 
 
-ConnectivityConfig = Annotated[
-    ChainConfig | AllConfig | RandomConfig | MaskConnectConfig, Field(discriminator="rule")
-]
+ConnectivityConfig = Annotated[ChainConfig | AllConfig | RandomConfig | MaskConnectConfig, Field(discriminator="rule")]
 
 
 class TrainConfig(Section):
@@ -150,7 +150,9 @@ class TrainConfig(Section):
         if self.device == "cpu" and self.precision == "fp16":
             raise ValueError("precision: fp16 needs device: cuda; on a CPU use bf16 or fp32")
         if self.joint_epochs >= self.epochs and self.joint_epochs:
-            raise ValueError(f"joint_epochs ({self.joint_epochs}) must leave epochs to fine-tune (epochs: {self.epochs})")
+            raise ValueError(
+                f"joint_epochs ({self.joint_epochs}) must leave epochs to fine-tune (epochs: {self.epochs})"
+            )
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs ({self.warmup_epochs}) must be less than epochs ({self.epochs})")
         return self
@@ -200,7 +202,9 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise RecipeError(f"{path}: cannot read the recipe ({error.strerror}); 'mcdeploy recipes' lists what ships") from None
+        raise RecipeError(
+            f"{path}: cannot read the recipe ({error.strerror}); 'mcdeploy recipes' lists what ships"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         where = getattr(error, "problem_mark", None)
         line = f" line {where.line + 1}" if where else ""

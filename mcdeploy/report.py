@@ -6,6 +6,7 @@ no torch, so ``mcdeploy inspect`` draws with it too.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from typing import Any, NamedTuple
 
 from mcdeploy.bench import COLOURS, BenchReport, distribution, with_interval
 from mcdeploy.connectivity.topology import Node, Topology, count_edges
+
+DARK_COLOURS = ("#5AA9E6", "#F28E4B", "#35C99D", "#E19AC4", "#E6B84A", "#A8DBF7")  # COLOURS, lighter
 
 
 class HeadlineRow(NamedTuple):
@@ -47,6 +50,38 @@ def write_report(path: Path | str, data: ReportData) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(render_report(data), encoding="utf-8")
+
+
+def write_run_report(
+    path: Path,
+    title: str,
+    *,
+    metrics: Path,
+    candidates: Mapping[str, Any],
+    certificate: Mapping[str, Any],
+    accuracy: tuple[float, float],
+    parity: Sequence[Mapping[str, Any]],
+    bench: BenchReport | None,
+    provenance: Mapping[str, str],
+) -> None:
+    """The page of one run, from its files: ``metrics.jsonl``, the checkpoint's candidates, the certificate."""
+    before = Topology.from_json(certificate["topology"])
+    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()] if metrics.exists() else []
+    write_report(
+        path,
+        ReportData(
+            title=title,
+            headline=headline_rows(accuracy=accuracy, certificate=certificate, bench=bench),
+            metrics_rows=rows,
+            candidates=Topology.from_json(candidates),
+            before=before,
+            after=before.without_dead_blocks()[0],
+            certificate=certificate,
+            parity=parity,
+            bench=bench,
+            provenance=provenance,
+        ),
+    )
 
 
 def render_report(data: ReportData) -> str:
@@ -96,7 +131,7 @@ def headline_rows(
         first = bench.at(bench.runners[0].name, row.batch)
         if first and first is not row:
             what = f"latency of {row.runner} against {first.runner}, batch {row.batch}, p50 ms"
-            change = f"{with_interval(row.ratio)} times, 95 % interval"
+            change = f"{with_interval(row.ratio)} times (95 %)"
             rows.append(HeadlineRow(what, with_interval(first.p50_ms), with_interval(row.p50_ms), change))
     return tuple(rows)
 
@@ -108,7 +143,7 @@ MARGIN = 14
 
 
 def draw_wiring(topology: Topology, *, title: str) -> str:
-    """The wiring as an SVG of its own: stages from left to right, each with its input (square) and its blocks (circles).
+    """The wiring as an SVG of its own: stages from left to right, each with its input (square) and blocks (circles).
 
     What a block reads enters it from the left: straight from the block before, in an arc above from further back in
     the stage, in an arc below from another stage. Dead blocks and what they read are faint and dashed. Every node and
@@ -142,9 +177,11 @@ def draw_wiring(topology: Topology, *, title: str) -> str:
     drawn += [_node(topology, node, x, y, node in live) for node, x in place.items()]
     legend, legend_width = _legend(topology, kinds, height - 12)
     width = max(width, legend_width, MARGIN * 2 + 8 * len(title))
+    dense = " mcw-dense" if len(edges) > 5 * len(topology.edges()) else ""
+    shrink = f"max-width:100%;min-width:{0.68 * width:.0f}px;height:auto"  # smaller could not be read; it scrolls then
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" class="mcw" role="img" aria-label="{escape(title)}" '
-        f'width="{width:.0f}" height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="mcw{dense}" role="img" aria-label="{escape(title)}" '
+        f'width="{width:.0f}" height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}" style="{shrink}">'
         f"<style>{WIRING_CSS}</style>{''.join(drawn)}{legend}</svg>"
     )
 
@@ -201,8 +238,9 @@ def _node(topology: Topology, node: Node, x: float, y: float, live: bool) -> str
         label, kind = "in", "mcw-input"
         shape = f'<rect x="{x - 11}" y="{y - 11}" width="22" height="22" rx="3"/>'
     else:
-        block = topology.stages[node.stage].blocks[node.index - 1]
-        label, kind = (block if len(block) <= 3 else str(node.index)), "mcw-block"
+        blocks = topology.stages[node.stage].blocks
+        named = all(len(block) <= 3 for block in blocks)
+        label, kind = (blocks[node.index - 1] if named else str(node.index)), "mcw-block"
         shape = f'<circle cx="{x}" cy="{y}" r="{RADIUS}"/>'
     text = f'<text x="{x}" y="{y + 4:.1f}">{escape(label)}</text>'
     return f'<g class="mcw-node {kind}{state}"><title>{escape(says)}</title>{shape}{text}</g>'
@@ -249,7 +287,7 @@ class Line(NamedTuple):
 
     xs: Sequence[float]
     ys: Sequence[float]
-    colour: str | None  # None: faint
+    colour: int | None  # into COLOURS, over and over; None: faint
     says: str  # shown when the pointer rests on it
     label: str = ""
     width: float = 2.0
@@ -262,25 +300,27 @@ class Chart:
     title: str
     lines: Sequence[Line]
     x_label: str = ""
-    y_label: str = ""
     y_range: tuple[float, float] | None = None
     percent: bool = False  # y is a fraction, shown in per cent
     x_from_zero: bool = False
+    whole_x: bool = True  # ticks at whole numbers only
     mark: tuple[float, str] | None = None  # a vertical line and what it says
-    dots: Sequence[tuple[float, float, str]] = ()  # x, y, colour
+    log_y: bool = False
+    dots: Sequence[tuple[float, float, int]] = ()  # x, y, colour
     width: int = 420
     height: int = 250
     label_width: int = 70  # right of the lines
 
 
 def _draw_chart(chart: Chart) -> str:
-    xs = [x for line in chart.lines for x in line.xs]
-    ys = [y for line in chart.lines for y in line.ys if math.isfinite(y)]
-    x_low, x_high = (0.0 if chart.x_from_zero else min(xs)), max(xs)
+    lines = [line for line in (_only_drawable(line, chart.log_y) for line in chart.lines) if line.xs]
+    xs = [x for line in lines for x in line.xs]
+    ys = [y for line in lines for y in line.ys]
+    x_low, x_high = (0.0 if chart.x_from_zero else min(xs, default=0.0)), max(xs, default=1.0)
     y_low, y_high = chart.y_range or (min(ys, default=0.0), max(ys, default=1.0))
     x_low, x_high = _widened(x_low, x_high)
     y_low, y_high = _widened(y_low, y_high)
-    left, right, top = 50.0, chart.width - chart.label_width, 26.0
+    left, right, top = (50.0 if chart.width > 300 else 32.0), chart.width - chart.label_width, 26.0
     bottom = chart.height - (36 if chart.x_label else 20)
 
     def px(x: float) -> float:
@@ -290,43 +330,50 @@ def _draw_chart(chart: Chart) -> str:
         return bottom - (y - y_low) / (y_high - y_low) * (bottom - top)
 
     parts = [f'<text class="ct" x="{left:.0f}" y="14">{escape(chart.title)}</text>']
-    for tick in _ticks(y_low, y_high, 4 if chart.height > 180 else 2):
-        text = f"{tick * 100:g} %" if chart.percent else f"{tick:g}"
+    ticks = _log_ticks(y_low, y_high) if chart.log_y else _ticks(y_low, y_high, 4 if chart.height > 180 else 2)
+    for tick in ticks:
+        text = f"{tick * 100:g} %" if chart.percent else f"{10**tick:.3g}" if chart.log_y else f"{tick:g}"
         parts.append(f'<path class="cg" d="M{left:.1f} {py(tick):.1f}H{right:.1f}"/>')
         parts.append(f'<text class="cl" text-anchor="end" x="{left - 5:.1f}" y="{py(tick) + 4:.1f}">{text}</text>')
-    for tick in _ticks(x_low, x_high, max(2, (chart.width - 120) // 70)):
+    for tick in _ticks(x_low, x_high, int(right - left) // 45, chart.whole_x):
         parts.append(f'<path class="cg" d="M{px(tick):.1f} {bottom:.1f}v4"/>')
         parts.append(f'<text class="cl" text-anchor="middle" x="{px(tick):.1f}" y="{bottom + 16:.1f}">{tick:g}</text>')
     if chart.mark:
         x, says = chart.mark
         parts.append(f'<path class="cm" d="M{px(x):.1f} {top:.1f}V{bottom:.1f}"><title>{escape(says)}</title></path>')
-    for line in chart.lines:
-        parts.append(
-            _polyline(line, [(px(x), py(y)) for x, y in zip(line.xs, line.ys, strict=True) if math.isfinite(y)])
-        )
-    for x, y, colour in chart.dots:
-        parts.append(f'<circle cx="{px(x):.1f}" cy="{py(y):.1f}" r="4" fill="{colour}"/>')
-    parts += _end_labels([(py(line.ys[-1]), line) for line in chart.lines if line.label], right + 5, top, bottom)
+    parts += [_polyline(line, [(px(x), py(y)) for x, y in zip(line.xs, line.ys, strict=True)]) for line in lines]
+    parts += [
+        f'<circle cx="{px(x):.1f}" cy="{py(y):.1f}" r="4" class="{_paint(colour)}"/>' for x, y, colour in chart.dots
+    ]
+    parts += _end_labels([(py(line.ys[-1]), line) for line in lines if line.label], right + 5, top, bottom)
     parts.append(f'<path class="ca" d="M{left:.1f} {top:.1f}V{bottom:.1f}H{right:.1f}"/>')
     if chart.x_label:
-        x, y = (left + right) / 2, chart.height - 5
-        parts.append(f'<text class="cl" text-anchor="middle" x="{x:.1f}" y="{y}">{escape(chart.x_label)}</text>')
-    if chart.y_label:
-        y = (top + bottom) / 2
-        turn = f'transform="rotate(-90 11 {y:.1f})"'
-        parts.append(f'<text class="cl" text-anchor="middle" x="11" y="{y:.1f}" {turn}>{escape(chart.y_label)}</text>')
+        where = f'x="{(left + right) / 2:.1f}" y="{chart.height - 5}"'
+        parts.append(f'<text class="cl" text-anchor="middle" {where}>{escape(chart.x_label)}</text>')
     size = f'width="{chart.width}" height="{chart.height}" viewBox="0 0 {chart.width} {chart.height}"'
     return f'<svg class="chart" role="img" aria-label="{escape(chart.title)}" {size}>{"".join(parts)}</svg>'
 
 
+def _only_drawable(line: Line, log_y: bool) -> Line:
+    """A line without points that have no place, and with logarithms of y when asked."""
+    points = [(x, y) for x, y in zip(line.xs, line.ys, strict=True) if math.isfinite(x) and math.isfinite(y)]
+    if log_y:
+        points = [(x, math.log10(y)) for x, y in points if y > 0]
+    return line._replace(xs=[x for x, _ in points], ys=[y for _, y in points])
+
+
+def _paint(colour: int | None) -> str:
+    """The class that gives a line, dot or text its colour."""
+    return "kf" if colour is None else f"k{colour % len(COLOURS)}"
+
+
 def _polyline(line: Line, points: Sequence[tuple[float, float]]) -> str:
     title = f"<title>{escape(line.says)}</title>"
-    paint = f'stroke="{line.colour}"' if line.colour else 'class="cf"'
     if len(points) == 1:
-        fill = f'fill="{line.colour}"' if line.colour else 'class="cf"'
-        return f'<circle cx="{points[0][0]:.1f}" cy="{points[0][1]:.1f}" r="3" {fill}>{title}</circle>'
+        x, y = points[0]
+        return f'<circle class="{_paint(line.colour)}" cx="{x:.1f}" cy="{y:.1f}" r="3">{title}</circle>'
     text = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    return f'<polyline points="{text}" fill="none" {paint} stroke-width="{line.width}">{title}</polyline>'
+    return f'<polyline class="{_paint(line.colour)}" points="{text}" stroke-width="{line.width}">{title}</polyline>'
 
 
 def _end_labels(wanted: list[tuple[float, Line]], x: float, top: float, bottom: float) -> Iterator[str]:
@@ -340,8 +387,7 @@ def _end_labels(wanted: list[tuple[float, Line]], x: float, top: float, bottom: 
         ceiling = bottom if i == len(heights) - 1 else heights[i + 1] - gap
         heights[i] = min(heights[i], ceiling) if overrun else heights[i]
     for height, (_, line) in zip(heights, sorted(wanted, key=lambda item: item[0]), strict=True):
-        paint = f'style="fill:{line.colour}"' if line.colour else ""
-        yield f'<text class="cl" {paint} x="{x:.1f}" y="{height + 4:.1f}">{escape(line.label)}</text>'
+        yield f'<text class="{_paint(line.colour)}" x="{x:.1f}" y="{height + 4:.1f}">{escape(line.label)}</text>'
 
 
 def _widened(low: float, high: float) -> tuple[float, float]:
@@ -349,13 +395,22 @@ def _widened(low: float, high: float) -> tuple[float, float]:
     return (low, high) if high > low else (low - 0.5, low + 0.5)
 
 
-def _ticks(low: float, high: float, about: int) -> list[float]:
+def _ticks(low: float, high: float, about: int, whole: bool = False) -> list[float]:
     """Round numbers inside a range: multiples of 1, 2 or 5 times a power of ten."""
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
+    step = power * next(factor for factor, limit in ((1, 1.5), (2, 3.5), (5, 7.5), (10, 11)) if rough / power < limit)
+    step = max(1.0, step) if whole else step
     first = math.ceil(low / step - 1e-9)
     return [round(k * step, 12) for k in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Logarithms of 1, 2 and 5 times powers of ten inside a range of logarithms; of any round ones in a short one."""
+    factors = (1, 2, 5) if high - low < 2 else (1,)
+    logs = [power + math.log10(factor) for power in range(math.floor(low), math.ceil(high) + 1) for factor in factors]
+    inside = [log for log in logs if low <= log <= high]
+    return inside if len(inside) > 1 else [math.log10(tick) for tick in _ticks(10**low, 10**high, 3) if tick > 0]
 
 
 # ----------------------------------------------------------------------------------------------------------- sections
@@ -375,20 +430,16 @@ def _training(rows: Sequence[Mapping[str, Any]]) -> str:
         xs, ys = [row["step"] / per_epoch for row in thin], [row["loss"] for row in thin]
         lines.append(Line(xs, ys, None, "training loss of single updates", width=1))
     done = [row["epoch"] + 1 for row in epochs]
-    lines.append(Line(done, [row["loss"] for row in epochs], COLOURS[0], "training loss, mean of the epoch", "train"))
+    lines.append(Line(done, [row["loss"] for row in epochs], 0, "training loss, mean of the epoch", "train"))
     tested = [row for row in epochs if "val_loss" in row]
     if tested:
         xs, ys = [row["epoch"] + 1 for row in tested], [row["val_loss"] for row in tested]
-        lines.append(Line(xs, ys, COLOURS[1], "validation loss", "validation"))
-    finite = [y for line in lines for y in line.ys if math.isfinite(y)]
-    loss_range = (min(0.0, *finite), max(finite)) if finite else None
-    charts = [
-        Chart("Loss (cross-entropy, nats)", lines, "epochs done", y_range=loss_range, x_from_zero=True, mark=mark)
-    ]
+        lines.append(Line(xs, ys, 1, "validation loss", "validation"))
+    charts = [Chart("Loss (nats, log scale)", lines, "epochs done", log_y=True, x_from_zero=True, mark=mark)]
     scored = [row for row in epochs if "top1" in row]
     if scored:
         xs, ys = [row["epoch"] + 1 for row in scored], [row["top1"] for row in scored]
-        line = Line(xs, ys, COLOURS[0], "top-1 on the validation images", f"{ys[-1]:.2%}")
+        line = Line(xs, ys, 0, "top-1 on the validation images", f"{ys[-1]:.2%}")
         charts.append(
             Chart("Top-1 on the validation images", [line], "epochs done", percent=True, x_from_zero=True, mark=mark)
         )
@@ -428,9 +479,7 @@ def _gates(rows: Sequence[Mapping[str, Any]], candidates: Topology | None, befor
                 for c in range(len(final))
             ]
             lines.sort(key=lambda line: line.colour is not None)  # coloured ones on top
-            charts.append(
-                Chart(f"{reader} reads", lines, "epochs done", y_range=(0.0, highest or 1.0), width=270, height=170)
-            )
+            charts.append(Chart(f"{reader} reads", lines, y_range=(0.0, highest or 1.0), width=252, height=150))
         if charts:
             stages.append(f"<h3>{escape(name)}</h3><div>{''.join(map(_draw_chart, charts))}</div>")
     if not stages:
@@ -439,8 +488,8 @@ def _gates(rows: Sequence[Mapping[str, Any]], candidates: Topology | None, befor
     single = f" Not shown: {alone} block(s) with a single source, which have nothing to learn." if alone else ""
     return (
         "<p>One panel for each block, one line for each source that it may read. The height is the source's gate: its "
-        "share, after normalising, of the chance to be drawn as an input; in the end the largest ones stay. "
-        f"All panels of a stage share one scale. {known}{single}</p>{''.join(stages)}"
+        "share, after normalising, of the chance to be drawn as an input; in the end the largest ones stay. From left "
+        f"to right: epochs done. All panels of a stage share one scale. {known}{single}</p>{''.join(stages)}"
     )
 
 
@@ -464,7 +513,7 @@ def _gate_line(xs: Sequence[float], ys: Sequence[float], c: int, sources: Sequen
     if kept is not None and c not in kept:
         return Line(xs, ys, None, says, width=1.2)
     rank = c if kept is None else sorted(kept).index(c)
-    return Line(xs, ys, COLOURS[rank % len(COLOURS)], says, _short(sources[c], 12))
+    return Line(xs, ys, rank, says, _short(sources[c], 10))
 
 
 def _latency(bench: BenchReport) -> str:
@@ -474,7 +523,7 @@ def _latency(bench: BenchReport) -> str:
         lines, dots = [], []
         for row in (row for row in bench.latencies if row.batch == batch):
             shares, times_ms = distribution(row)
-            colour = COLOURS[names.index(row.runner) % len(COLOURS)]
+            colour = names.index(row.runner)
             lines.append(Line(times_ms, [share / 100 for share in shares], colour, row.runner))
             dots.append((row.p50_ms.value, 0.5, colour))
         charts.append(
@@ -485,26 +534,24 @@ def _latency(bench: BenchReport) -> str:
                 y_range=(0.0, 1.0),
                 percent=True,
                 x_from_zero=True,
+                whole_x=False,
                 dots=dots,
                 label_width=16,
             )
         )
-    keys = "".join(
-        f'<span class="key"><span style="background:{COLOURS[i % len(COLOURS)]}"></span>{escape(name)}</span> '
-        for i, name in enumerate(names)
-    )
+    keys = "".join(f'<span class="key {_paint(i)}"><span></span>{escape(name)}</span> ' for i, name in enumerate(names))
     rows = [
         (
             str(row.batch),
             row.runner,
             *map(with_interval, (row.p50_ms, row.p90_ms, row.p99_ms)),
-            f"{row.images_per_second:,.1f}",
+            f"{row.images_per_second:,.0f}" if row.images_per_second >= 100 else _number(row.images_per_second),
             with_interval(row.ratio) if row.runner != names[0] else "1",
             f"{row.num_samples}" + (" (p99 is rough)" if row.p99_is_rough else ""),
         )
         for row in bench.latencies
     ]
-    heads = ("batch", "runner", "p50 ms", "p90 ms", "p99 ms", "images/s", f"times {names[0]}", "samples")
+    heads = ("batch", "runner", "p50 ms", "p90 ms", "p99 ms", "images/s", f"ratio to {names[0]}", "samples")
     facts = [
         (
             runner.name,
@@ -593,6 +640,7 @@ WIRING_CSS = (
     ".mcw{background:#fff;font-family:system-ui,sans-serif}.mcw text{fill:#222}"
     ".mcw-title{font-size:14px;font-weight:600}.mcw-stage{font-size:12px}.mcw-legend{font-size:12px}"
     ".mcw-band{fill:#f2f4f7}.mcw-edge{fill:none;stroke-width:2.4;stroke:#333}"
+    ".mcw-dense .mcw-skip,.mcw-dense .mcw-across{stroke-width:.9;stroke-opacity:.6}"
     ".mcw-skip{stroke:#d55e00}.mcw-across{stroke:#009e73}.mcw-host{stroke:#888;stroke-width:1.2}"
     ".mcw-edge.mcw-dead{stroke:#999;stroke-width:1;stroke-dasharray:3 3}"
     ".mcw-node text{font-size:11px;text-anchor:middle}.mcw-input rect{fill:#fff;stroke:#555;stroke-width:1.4}"
@@ -605,7 +653,12 @@ WIRING_CSS = (
     ".mcw-node.mcw-dead circle,.mcw-node.mcw-dead rect{fill:#16181d;stroke:#777}}"
 )
 
-CSS = """
+PALETTE, DARK_PALETTE = (
+    "".join(f".k{i}{{color:{colour}}}" for i, colour in enumerate(colours)) for colours in (COLOURS, DARK_COLOURS)
+)
+CSS = (
+    f"""{PALETTE}@media(prefers-color-scheme:dark){{{DARK_PALETTE}}}"""
+    + """
 :root{color-scheme:light dark;--text:#222;--faint:#667;--line:#d5d9e0;--back:#fff;--soft:#f2f4f7}
 @media(prefers-color-scheme:dark){:root{--text:#ddd;--faint:#9aa;--line:#3a3f48;--back:#16181d;--soft:#22262d}}
 body{margin:0;background:var(--back);color:var(--text);font:15px/1.5 system-ui,sans-serif}
@@ -619,10 +672,12 @@ thead th{font-weight:600;color:var(--faint)}tbody th{font-weight:500}
 td.n{font-variant-numeric:tabular-nums;white-space:nowrap}
 ul{columns:3 200px;margin:4px 0;font-family:ui-monospace,monospace;font-size:13px}summary{cursor:pointer}
 .key{margin-right:16px;white-space:nowrap}
-.key span{display:inline-block;width:22px;height:4px;margin-right:6px;vertical-align:middle}
-.chart{max-width:100%;height:auto;margin:4px 10px 4px 0}.chart .ct{font-size:13px;font-weight:600;fill:var(--text)}
-.chart .cl{font-size:11px;fill:var(--faint)}.chart .cg{stroke:var(--line);fill:none}
-.chart .ca{stroke:var(--faint);fill:none}
+.key span{display:inline-block;width:22px;height:4px;margin-right:6px;vertical-align:middle;background:currentColor}
+.chart{max-width:100%;height:auto;margin:4px 10px 4px 0}.chart text{font-size:11px;fill:currentColor}
+.chart .ct{font-size:13px;font-weight:600;fill:var(--text)}.chart .cl{fill:var(--faint)}
+.chart .cg{stroke:var(--line);fill:none}.chart .ca{stroke:var(--faint);fill:none}
 .chart .cm{stroke:var(--faint);stroke-dasharray:4 3;fill:none}
-.chart polyline.cf{stroke:#8d95a3;stroke-opacity:.55}.chart circle.cf{fill:#8d95a3}
+.chart polyline{fill:none;stroke:currentColor}.chart circle{fill:currentColor}
+.chart .kf{color:#8d95a3;stroke-opacity:.6}
 """
+)

@@ -1,4 +1,4 @@
-"""Train: one visible loop. Learned wirings pass through two phases, joint (weights and gates) and fine-tune (gates frozen).
+"""Train: one visible loop. A learned wiring passes through two phases: joint (weights and gates), then gates frozen.
 
 Everything random in an epoch depends only on (seed, epoch), and the gates' draws only on (seed, step): a run that was
 killed and resumed repeats the losses of one that was not, bit for bit on the same machine.
@@ -44,9 +44,9 @@ from mcdeploy.checkpoint import (
 )
 from mcdeploy.connectivity.maskconnect import GateOptimizer, gate_values, weights
 from mcdeploy.connectivity.topology import Topology
-from mcdeploy.connectivity.wiring import fix, topology_of
+from mcdeploy.connectivity.wiring import candidates_of, fix, topology_of
 from mcdeploy.data import Loaders, build_mixup, set_epoch
-from mcdeploy.errors import BackendError, CheckpointError, TrainingError
+from mcdeploy.errors import BackendError, CheckpointError, TrainingError, WiringError
 from mcdeploy.evaluate import Accuracy, evaluate
 from mcdeploy.recipe import DataConfig, MaskConnectConfig, TrainConfig
 
@@ -95,7 +95,9 @@ def train(
     speak = say if is_main else (lambda _: None)
     teacher = copy.deepcopy(model).eval().to(accelerator.device) if config.distill else None
 
-    model.to(accelerator.device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
+    model.to(accelerator.device)
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)
     ema = ModelEmaV3(model, decay=config.ema_decay) if config.ema_decay else None
     train_loader, val_loader = accelerator.prepare(loaders.train, loaders.val)
     steps_per_epoch = len(train_loader)
@@ -104,20 +106,26 @@ def train(
 
     optimizer = _optimizer(model, config)
     scheduler = _scheduler(optimizer, config, steps_per_epoch)
+    candidates = candidates_of(model).to_json()
     gates = GateOptimizer(model, gate_config.gate_lr, gate_config.gate_grad, seed) if gate_config else None
     first_epoch = 0
     if resume:
         first_epoch, gates = _resume(out, model, ema, optimizer, gates)
         speak(f"resuming after epoch {first_epoch} of {config.epochs}")
+    scheduler.step_update(first_epoch * steps_per_epoch)  # its only state is the number of updates
     optimizer = accelerator.prepare(optimizer)
     forward, run = _prepare(accelerator, model, config)
+    if gates:
+        gates.resume(gates.num_steps)  # with several processes, preparing has written every parameter once
 
     log = _Log(out, from_epoch=first_epoch) if is_main else None
     accuracy: Accuracy | None = None
     with _progress(is_main) as progress:
         for epoch in range(first_epoch, config.epochs):
             if gates and epoch == config.joint_epochs:
-                speak(f"epoch {epoch}: freezing the top {gate_config.fan_in if gate_config else ''} gates of every block")
+                speak(
+                    f"epoch {epoch}: freezing the top {gate_config.fan_in if gate_config else ''} gates of every block"
+                )
                 accelerator.unwrap_model(forward, keep_fp32_wrapper=False)
                 topology = topology_of(model)
                 gates = None
@@ -172,7 +180,7 @@ def train(
             evaluated = ema.module if ema else model
             last = epoch == config.epochs - 1
             if last or (epoch + 1) % config.eval_every == 0:
-                accuracy = _evaluate(accelerator, evaluated, val_loader, config)
+                accuracy = _evaluate(accelerator, evaluated, val_loader)
             if log:
                 log.epoch(epoch, epoch_loss / steps_per_epoch, accuracy, gate_values(model))
                 tensors, values = pack_optimizer(optimizer.optimizer)
@@ -183,13 +191,16 @@ def train(
                         "epochs_done": epoch + 1,
                         "frozen": gates is None,
                         "topology": topology_of(model).to_json(),
+                        "candidates": candidates,
                         "gate_steps": gates.num_steps if gates else 0,
                         "optimizer": values,
                         "accuracy": asdict(accuracy) if accuracy else None,
                         "uses_ema": ema is not None,
                         "classes": loaders.classes,
                         "preprocessing": loaders.preprocessing.model_dump(mode="json"),
-                        "versions": {name: importlib.metadata.version(name) for name in ("torch", "timm", "accelerate")},
+                        "versions": {
+                            name: importlib.metadata.version(name) for name in ("torch", "timm", "accelerate")
+                        },
                     },
                     {
                         **{f"model.{k}": t for k, t in model.state_dict().items()},
@@ -199,15 +210,17 @@ def train(
                 )
             seconds = time.perf_counter() - started
             shown = f", top-1 {accuracy.top1:.2%}" if accuracy else ""
-            speak(f"epoch {epoch + 1}/{config.epochs}: loss {epoch_loss / steps_per_epoch:.4f}{shown} ({seconds:.0f} s)")
+            speak(
+                f"epoch {epoch + 1}/{config.epochs}: loss {epoch_loss / steps_per_epoch:.4f}{shown} ({seconds:.0f} s)"
+            )
             accelerator.wait_for_everyone()
 
+    if accuracy is None:  # resumed a finished run
+        accuracy = _evaluate(accelerator, ema.module if ema else model, val_loader)
     if log:
         log.close()
     accelerator.unwrap_model(forward, keep_fp32_wrapper=False)
     trained = (ema.module if ema else model).cpu().eval()
-    if accuracy is None:  # resumed a finished run
-        accuracy = _evaluate(accelerator, trained, loaders.val, config)
     accelerator.end_training()
     return TrainResult(trained, topology_of(trained), accuracy)
 
@@ -241,8 +254,8 @@ def _prepare(
 
 def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     keep = {id(parameter) for parameter in weights(model)}
-    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
-    groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=exempt)
+    names_exempt: Callable[[], Any] = getattr(model, "no_weight_decay", tuple)
+    groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=names_exempt())
     groups = [{**group, "params": [p for p in group["params"] if id(p) in keep]} for group in groups]
     return create_optimizer_v2(groups, opt=config.optimizer, lr=config.lr, weight_decay=0.0, momentum=config.momentum)
 
@@ -282,8 +295,8 @@ def _reestimate_bn(model: nn.Module, loader: Any, num_batches: int) -> None:
         update_bn(itertools.islice(iter(loader), num_batches), model)
 
 
-def _evaluate(accelerator: accelerate.Accelerator, model: nn.Module, loader: Any, config: TrainConfig) -> Accuracy:
-    """Every process takes its share of the validation images; the counts are added up."""
+def _evaluate(accelerator: accelerate.Accelerator, model: nn.Module, loader: Any) -> Accuracy:
+    """Every process takes its share of the validation images; each image counts once."""
     training = model.training
     model.eval()
 
@@ -292,11 +305,9 @@ def _evaluate(accelerator: accelerate.Accelerator, model: nn.Module, loader: Any
             logits: Tensor = model(images)
         return logits
 
-    mine = evaluate(infer, loader)
+    accuracy = evaluate(infer, loader, accelerator.gather_for_metrics)
     model.train(training)
-    counts = torch.tensor([mine.top1 * mine.images, mine.loss * mine.images, mine.images], device=accelerator.device)
-    correct, loss, images = accelerator.reduce(counts.double(), "sum").tolist()
-    return Accuracy(correct / images, loss / images, int(images))
+    return accuracy
 
 
 def _resume(
@@ -304,17 +315,17 @@ def _resume(
 ) -> tuple[int, GateOptimizer | None]:
     checkpoint = load_checkpoint(out)
     header = checkpoint.header
-    if header["frozen"] and gates:
-        for learned in (model, ema.module if ema else None):
-            if learned is not None:
-                fix(learned, Topology.from_json(header["topology"]))
-        gates = None
     try:
+        if header["frozen"] and gates:
+            for learned in (model, ema.module if ema else None):
+                if learned is not None:
+                    fix(learned, Topology.from_json(header["topology"]))
+            gates = None
         model.load_state_dict(checkpoint.part("model"))
         if ema:
             ema.module.load_state_dict(checkpoint.part("ema"))
         unpack_optimizer(optimizer, checkpoint.part("optimizer"), header["optimizer"])
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, WiringError) as error:
         raise CheckpointError(f"{out}: the checkpoint belongs to another recipe ({error})") from None
     if gates:
         gates.resume(header["gate_steps"])

@@ -121,5 +121,3 @@ def _answers(expected: Runner, actual: Runner, images: Images, hop: str) -> tupl
         if not np.isfinite(logits).all():
             raise ParityError(f"{hop}: the output of {runner.name} holds NaN or infinity (batch {len(images)})")
     return before.astype(np.float64), after.astype(np.float64)
-
-

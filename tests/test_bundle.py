@@ -194,7 +194,9 @@ def test_another_schema_version_is_refused_by_number(folder, version):
 def test_a_wrong_key_or_value_in_the_manifest_is_refused(folder, key, value):
     path = folder / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
-    assert "manifest.json: " in refusal(folder)
+    message = refusal(folder)
+    assert "manifest.json: " in message
+    assert "changed after it was sealed" not in message, "refused for what it says, before its id is looked at"
 
 
 def test_a_parity_check_that_did_not_pass_is_refused_when_sealing_and_when_loading(folder):

@@ -10,6 +10,7 @@ import torch
 from accelerate.data_loader import BatchSamplerShard, prepare_data_loader
 from mcruntime.preprocess import prepare
 from PIL import Image
+from torch._utils import ExceptionWrapper
 
 from mcdeploy import data
 from mcdeploy.data import build_loaders, build_mixup, set_epoch
@@ -449,11 +450,18 @@ def test_a_folder_without_permission_is_named(folder, monkeypatch):
         load(folder)
 
 
-def test_a_broken_image_is_named_by_a_worker_too(folder):
+def test_a_worker_says_it_in_the_same_sentence(folder):
     file = folder / "train" / "bee" / "1.png"
     file.write_bytes(b"")
-    with refused(f"{file}: not an image"):
-        read_everything(load(folder, batch_size=18, in_memory=False, workers=1))
+    images = load(folder, in_memory=False).train.dataset
+    try:
+        images.__getitems__([(0, 7)])
+    except DataError as error:
+        sentence = str(error)
+        travelled = ExceptionWrapper(where="in DataLoader worker process 0")
+    with refused(str(file)) as caught:
+        travelled.reraise()
+    assert str(caught.value) == sentence
 
 
 def test_more_images_per_epoch_than_there_are_is_refused(folder):

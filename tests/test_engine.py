@@ -165,11 +165,11 @@ class FakeSession:
     def __init__(self, path, options, providers, enable_fallback):
         self.asked = providers
         self.no_cpu = options.get_session_config_entry("session.disable_cpu_ep_fallback")
-        self.fallback = bool(enable_fallback)
+        self.fallback_at_start, self.fallback_at_run = bool(enable_fallback), True
         FakeSession.last = self
 
     def disable_fallback(self):
-        self.fallback = False
+        self.fallback_at_run = False
 
     def get_providers(self):
         return list(self.providers)
@@ -183,7 +183,8 @@ def test_a_provider_that_fell_back_to_the_cpu_is_an_error(model, provider, monke
     with pytest.raises(BackendError, match=f"asked for provider {provider}, but ONNX Runtime loaded CPU"):
         OnnxRunner(model, provider=provider).__enter__()
     assert FakeSession.last.no_cpu == "1"
-    assert FakeSession.last.fallback is False
+    assert not FakeSession.last.fallback_at_start
+    assert not FakeSession.last.fallback_at_run
     assert "CPUExecutionProvider" not in FakeSession.last.asked
 
 

@@ -11,7 +11,9 @@ GRAPHS = topologies((4, 1, 5), across=True)
 
 
 def stage(*reads):
-    return Topology((StageWiring("s", tuple("abcdef"[: len(reads)]), tuple(tuple(Node(0, i) for i in r) for r in reads)),))
+    return Topology(
+        (StageWiring("s", tuple("abcdef"[: len(reads)]), tuple(tuple(Node(0, i) for i in r) for r in reads)),)
+    )
 
 
 def test_a_block_that_nothing_reads_is_dead_and_so_is_what_only_it_reads():

@@ -123,8 +123,8 @@ def test_unknown_rules_and_models_with_nothing_to_choose_are_refused():
         mcdeploy.wire(small_resnet(), "dense")
     with pytest.raises(WiringError, match="no wirable stage"):
         mcdeploy.wire(timm_model("densenet121"), "all", image_size=64)
+    blocks = nn.Sequential(BasicBlock(3, 8, 2), BasicBlock(8, 8, 1))  # the second has only the first to read
     with pytest.raises(WiringError, match="nothing to wire"):
-        blocks = nn.Sequential(BasicBlock(3, 8, 2), BasicBlock(8, 8, 1))  # the second has only the first to read
         mcdeploy.wire(nn.Sequential(nn.Conv2d(3, 3, 1), blocks), "all", image_size=16)
     with pytest.raises(WiringError, match="is not wired"):
         topology_of(nn.Linear(1, 1))

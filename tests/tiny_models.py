@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import mcdeploy
-import mcdeploy.backbones  # noqa: F401  registers the CIFAR nets
+import mcdeploy.backbones
 from mcdeploy.compile.certify import scramble
 
 

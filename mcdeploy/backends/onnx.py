@@ -55,7 +55,9 @@ def export_onnx(model: nn.Module, path: Path | str, example: Tensor, *, opset: i
         raise
     except Exception as error:  # the exporter's errors share no base class
         reason = str(error).strip().splitlines()
-        raise BackendError(f"ONNX export of {type(model).__name__} failed: {reason[0] if reason else error!r}") from error
+        raise BackendError(
+            f"ONNX export of {type(model).__name__} failed: {reason[0] if reason else error!r}"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -11,7 +11,6 @@ import copy
 import os
 import platform
 from importlib.metadata import version
-from types import TracebackType
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -95,9 +94,7 @@ class TorchRunner:
             backends.cudnn.allow_tf32 = backends.cuda.matmul.allow_tf32 = False
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self._model = None
         if self._before is not None:
             threads, conv_tf32, matmul_tf32 = self._before

@@ -1,9 +1,9 @@
 """Compile: freeze, prune, fold, certify. What comes out is a plain module that computes the same function with less.
 
-    freeze   learned gates become a fixed wiring            exact
-    prune    dead blocks and their parameters go            exact
-    unwrap   stages that read like a chain become plain     exact
-    fold     batch norm goes into the convolution before    float64, relative 1e-10
+freeze   learned gates become a fixed wiring            exact
+prune    dead blocks and their parameters go            exact
+unwrap   stages that read like a chain become plain     exact
+fold     batch norm goes into the convolution before    float64, relative 1e-10
 """
 
 from __future__ import annotations

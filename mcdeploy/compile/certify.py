@@ -71,7 +71,9 @@ def check_equal(before: nn.Module, after: nn.Module, example: Tensor, step: str,
     """
     difference = _difference(before, after, example, step)
     if difference != 0:
-        raise ParityError(f"compile: {step} must be bit-equal but differs by {difference:.2e} (BN {bn}); nothing was written")
+        raise ParityError(
+            f"compile: {step} must be bit-equal but differs by {difference:.2e} (BN {bn}); nothing was written"
+        )
     return Check(step, bn, "bit-equal", difference)
 
 
@@ -83,7 +85,9 @@ def check_close(before: nn.Module, after: nn.Module, example: Tensor, step: str,
     """
     difference = _difference(before, after, example, step)
     if difference > RTOL:
-        raise ParityError(f"compile: {step} is off by {difference:.2e}, allowed is {RTOL} (BN {bn}); nothing was written")
+        raise ParityError(
+            f"compile: {step} is off by {difference:.2e}, allowed is {RTOL} (BN {bn}); nothing was written"
+        )
     return Check(step, bn, "within 1e-10 in float64", difference)
 
 

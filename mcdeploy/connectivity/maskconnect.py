@@ -92,7 +92,7 @@ class MaskEdges(nn.Module):
 
     @torch.no_grad()
     def draw(self, generator: torch.Generator) -> None:
-        """Steps 1 and 2: normalise in place, then draw the mask of the next step. A block whose gates are all 0 starts anew."""
+        """Steps 1 and 2: normalise in place, then draw the next mask. A block whose gates are all 0 starts anew."""
         sum_G1 = self.gates_GN.sum(1, keepdim=True)
         uniform_GN = self.valid_GN / self.valid_GN.sum(1, keepdim=True)
         self.gates_GN.copy_(torch.where(sum_G1 > 0, self.gates_GN / sum_G1.clamp_min(1e-38), uniform_GN))
@@ -109,7 +109,7 @@ class MaskEdges(nn.Module):
 
 def maskconnect(candidates: tuple[Sources, ...], config: MaskConnectConfig) -> Wired:
     """The rule: every block may read all its candidates; one set of gates a stage."""
-    edges = [MaskEdges(rows, config.fan_in, config.aggregate, config.gate_init) for rows in candidates]
+    edges: list[nn.Module] = [MaskEdges(rows, config.fan_in, config.aggregate, config.gate_init) for rows in candidates]
     return candidates, edges
 
 
@@ -124,8 +124,8 @@ def _masked_sum(mask_N: Tensor, inputs: list[Tensor]) -> Tensor:
 class GateOptimizer:
     """Updates the gates of a wired model, beside the optimizer of its weights.
 
-    Call ``step()`` after the weight optimizer's. The draws depend only on ``seed`` and the number of steps, so that every
-    process draws the same masks and a resumed run draws what the uninterrupted one would have drawn.
+    Call ``step()`` after the weight optimizer's. The draws depend only on ``seed`` and the number of steps, so that
+    every process draws the same masks and a resumed run draws what the uninterrupted one would have drawn.
 
     Raises:
         WiringError: the model has no gates.

@@ -82,8 +82,9 @@ def find_stages(model: nn.Module, example: Tensor) -> tuple[Stage, ...]:
 def candidate_sources(stages: tuple[Stage, ...], scope: str) -> tuple[tuple[tuple[Source, ...], ...], ...]:
     """What every block of every stage may read: ``[stage][block][candidate]``, sorted by node.
 
-    ``scope: stage`` offers earlier nodes of the same stage. ``scope: network`` also offers the blocks of earlier stages,
-    average-pooled and zero-padded to fit, without parameters; the first block of a stage always reads the stage's input.
+    ``scope: stage`` offers earlier nodes of the same stage. ``scope: network`` also offers the blocks of earlier
+    stages, average-pooled and zero-padded to fit, without parameters; the first block of a stage always reads the
+    stage's input.
 
     Raises:
         WiringError: ``scope: network`` on feature maps that are not [B, C, H, W].
@@ -169,8 +170,8 @@ def _only_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None
 
 def _as_stage(name: str, container: nn.Module, calls: dict[str, list[_Call]]) -> Stage | None:
     children = [child for child, _ in container.named_children()]
-    path = [calls.get(f"{name}.{child}", ()) for child in children]
-    own = calls.get(name, ())
+    path = [calls.get(f"{name}.{child}", []) for child in children]
+    own = calls.get(name, [])
     if len(children) < 2 or len(own) != 1 or any(len(called) != 1 for called in path):
         return None
     steps = [called[0] for called in path]

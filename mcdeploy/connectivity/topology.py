@@ -16,7 +16,7 @@ class Node(NamedTuple):
     """A place in the graph: index 0 is the input of the stage, index i its i-th block."""
 
     stage: int
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which no one needs on a node
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,7 @@ class Topology:
     def edges(self) -> dict[Node, tuple[Node, ...]]:
         """Every block with its sources, in the order of execution."""
         return {
-            Node(s, i): sources
-            for s, stage in enumerate(self.stages)
-            for i, sources in enumerate(stage.reads, start=1)
+            Node(s, i): sources for s, stage in enumerate(self.stages) for i, sources in enumerate(stage.reads, start=1)
         }
 
     def outputs(self) -> tuple[Node, ...]:

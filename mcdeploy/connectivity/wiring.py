@@ -27,6 +27,8 @@ Wired = tuple[tuple[Sources, ...], list[nn.Module]]  # what a rule returns: sour
 class Edges(Protocol):
     """Joins what a block may read into what it receives. An ``nn.Module``, so that gates can live in it."""
 
+    aggregate: Literal["mean", "sum"]
+
     def __call__(self, block: int, inputs: list[Tensor]) -> Tensor: ...
 
     def active(self) -> tuple[tuple[int, ...], ...]:
@@ -153,6 +155,18 @@ def topology_of(model: nn.Module) -> Topology:
     return Topology(tuple(stage.wiring(name) for name, stage in stages.items()), aggregate)  # type: ignore[arg-type]
 
 
+def candidates_of(model: nn.Module) -> Topology:
+    """Everything that every block of a wired model may read, as a topology."""
+    aggregate = topology_of(model).aggregate
+    return Topology(
+        tuple(
+            StageWiring(name, stage.block_names, tuple(tuple(source.node for source in row) for row in stage.sources))
+            for name, stage in wired_stages(model).items()
+        ),
+        aggregate,
+    )
+
+
 def install(
     model: nn.Module, stages: tuple[Stage, ...], sources: tuple[Sources, ...], edges: Sequence[nn.Module]
 ) -> None:
@@ -164,7 +178,6 @@ def install(
         blocks = {name: container.get_submodule(name) for name in stage.blocks}
         wired = WiredStage(s, blocks, sources[s], edges[s], tape=tape, is_last=s == len(stages) - 1)
         model.set_submodule(stage.name, wired.train(container.training))
-
 
     if all(isinstance(module, FixedEdges) for module in edges):
         fix(model, topology_of(model))
@@ -191,9 +204,7 @@ def fix(model: nn.Module, topology: Topology) -> None:
         except KeyError as error:
             raise WiringError(f"{name}: a block cannot read node {error}; its shape does not fit") from None
         stage.edges = FixedEdges([len(reads) for reads in wiring.reads], topology.aggregate).train(stage.training)
-        stage.skip = frozenset(
-            i for i in range(1, len(stage) + 1) if Node(stage.index, i) not in live
-        )
+        stage.skip = frozenset(i for i in range(1, len(stage) + 1) if Node(stage.index, i) not in live)
 
 
 def restore(model: nn.Module, stages: tuple[Stage, ...], topology: Topology, scope: str) -> None:

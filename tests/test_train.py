@@ -1,0 +1,200 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from runs import short_recipe, write_recipe
+
+from mcdeploy.checkpoint import FILE_NAME, load_checkpoint
+from mcdeploy.cli import _open_run, _train
+from mcdeploy.connectivity.maskconnect import MaskEdges
+from mcdeploy.errors import BackendError, CheckpointError, InputError, TrainingError
+from mcdeploy.train import _stop_if_not_finite
+
+ROOT = Path(__file__).parents[1]
+
+
+def rows(run, kind="step"):
+    return [row for line in (run / "metrics.jsonl").read_text().splitlines() if (row := json.loads(line))["kind"] == kind]
+
+
+def losses(run):
+    return [(row["epoch"], row["step"], row["loss"]) for row in rows(run)]
+
+
+def test_the_same_seed_gives_the_same_losses_and_another_one_others(tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        recipe = short_recipe(train={"epochs": 2, "joint_epochs": 1}).model_copy(update={"seed": seed})
+        _train(recipe, tmp_path / name, resume=False)
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert losses(tmp_path / "a") != losses(tmp_path / "c")
+    assert len(losses(tmp_path / "a")) == 2 * 3
+
+
+CLI = [sys.executable, "-m", "mcdeploy.cli"]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'export'}", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize("connectivity", ["learned", "ema and dropout"])
+def test_a_run_killed_with_sigkill_and_resumed_repeats_the_losses_bit_for_bit(tmp_path, connectivity):
+    train = {"epochs": 4, "joint_epochs": 2, "ema_decay": 0.9} if connectivity != "learned" else {"epochs": 4, "joint_epochs": 2}
+    data = {"mixup": 0.2} if connectivity != "learned" else {}
+    recipe = short_recipe(train=train, data=data)
+    _train(recipe, tmp_path / "straight", resume=False)
+
+    path = write_recipe(tmp_path / "short.yaml", recipe)
+    killed = tmp_path / "killed"
+    command = [*CLI, "train", str(path), "--out", str(killed)]
+    with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 120
+        while not (killed / FILE_NAME).exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        errors = process.stderr.read().decode()
+    done = load_checkpoint(killed).header["epochs_done"]
+    assert 1 <= done < 4, errors
+    _train(recipe, killed, resume=True)
+    assert losses(killed) == losses(tmp_path / "straight")
+    one, other = (load_checkpoint(run).tensors for run in (killed, tmp_path / "straight"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path):
+    recipe = short_recipe()
+    first, _ = _train(recipe, tmp_path, resume=False)
+    before = losses(tmp_path)
+    again, _ = _train(recipe, tmp_path, resume=True)
+    assert losses(tmp_path) == before
+    assert again.accuracy == first.accuracy
+
+
+def test_the_joint_phase_moves_gates_and_freezing_ends_it(tmp_path):
+    result, _ = _train(short_recipe(), tmp_path, resume=False)
+    epochs = rows(tmp_path, "epoch")
+    assert [bool(row["gates"]) for row in epochs] == [True, False, False]
+    gates = epochs[0]["gates"]["layer1"][3]
+    assert sum(gates) == pytest.approx(1, abs=1e-5)
+    assert len(set(gates)) > 1
+    assert not any(isinstance(module, MaskEdges) for module in result.model.modules())
+    assert all(len(sources) == 1 for sources in result.topology.edges().values())
+
+
+def test_a_finished_run_opens_as_the_model_that_was_evaluated(tmp_path):
+    result, loaders = _train(short_recipe(train={"ema_decay": 0.5}), tmp_path, resume=False)
+    _, model, header = _open_run(tmp_path)
+    images, _ = next(iter(loaders.val))
+    with torch.no_grad():
+        assert torch.equal(model(images), result.model(images))
+    assert header["classes"] == [str(digit) for digit in range(10)]
+
+
+def test_a_run_that_is_not_finished_is_not_exported(tmp_path):
+    _train(short_recipe(), tmp_path, resume=False)
+    checkpoint = load_checkpoint(tmp_path)
+    from mcdeploy.checkpoint import save_checkpoint
+
+    save_checkpoint(tmp_path / FILE_NAME, {**checkpoint.header, "epochs_done": 1}, checkpoint.tensors)
+    with pytest.raises(InputError, match="stopped after epoch 1 of 3"):
+        _open_run(tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops_with_epoch_step_lr_and_the_last_good_checkpoint(tmp_path):
+    _train(short_recipe(train={"epochs": 1, "joint_epochs": 0}, connectivity={"rule": "chain"}), tmp_path, resume=False)
+    good = (tmp_path / FILE_NAME).read_bytes()
+    recipe = short_recipe(
+        train={"epochs": 4, "joint_epochs": 0, "lr": 1e30, "optimizer": "sgd", "schedule": "constant"},
+        connectivity={"rule": "chain"},
+    )
+    with pytest.raises(TrainingError) as caught:
+        _train(recipe, tmp_path, resume=True)
+    message = str(caught.value)
+    assert "the loss became nan in epoch 2, step" in message
+    assert "(lr 1e+30)" in message
+    assert f"the last good checkpoint is {tmp_path / FILE_NAME}" in message
+    assert (tmp_path / FILE_NAME).read_bytes() == good
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_and_infinity_are_named_with_their_step(tmp_path, bad):
+    with pytest.raises(TrainingError, match="epoch 1, step 12 .*there is no checkpoint yet"):
+        _stop_if_not_finite([1.0, 2.0, bad], 0, 10, 0.1, tmp_path)
+
+
+def test_cuda_asked_for_and_absent_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(BackendError, match="cuda was asked for"):
+        _train(short_recipe(train={"device": "cuda"}), tmp_path, resume=False)
+    with pytest.raises(BackendError, match="fp16 needs a CUDA device"):
+        _train(short_recipe(train={"device": "auto", "precision": "fp16"}), tmp_path, resume=False)
+
+
+def test_a_run_folder_is_not_overwritten_and_nothing_is_resumed_from_nowhere(tmp_path):
+    _train(short_recipe(train={"epochs": 2}), tmp_path / "run", resume=False)
+    with pytest.raises(InputError, match="add --resume"):
+        _train(short_recipe(), tmp_path / "run", resume=False)
+    with pytest.raises(CheckpointError, match="no checkpoint there"):
+        _train(short_recipe(), tmp_path / "other", resume=True)
+    with pytest.raises(CheckpointError, match="belongs to another recipe"):
+        _train(short_recipe(model={"backbone": "resnet20_cifar"}), tmp_path / "run", resume=True)
+
+
+def test_training_works_with_every_option_of_the_loop(tmp_path):
+    recipe = short_recipe(
+        data={"mixup": 0.5, "hflip": 0.5, "random_erase": 0.2},
+        train={
+            "epochs": 2, "optimizer": "adamw", "lr": 1.0e-3, "clip_grad": 1.0, "ema_decay": 0.9, "precision": "bf16",
+            "channels_last": True, "label_smoothing": 0.1, "schedule": "step", "warmup_epochs": 1.0, "eval_every": 2,
+        },
+        connectivity={"rule": "maskconnect", "fan_in": 2, "scope": "network", "gate_grad": "raw", "gate_lr": 0.1},
+    )  # fmt: skip
+    result, _ = _train(recipe, tmp_path, resume=False)
+    assert 0 <= result.accuracy.top1 <= 1
+    assert [("top1" in row) for row in rows(tmp_path, "epoch")] == [False, True]
+    assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+def test_distillation_follows_the_starting_weights(tmp_path):
+    from safetensors.torch import save_file
+
+    _train(short_recipe(), tmp_path / "first", resume=False)
+    _, model, _ = _open_run(tmp_path / "first")
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, tmp_path / "w.safetensors")
+    recipe = short_recipe(
+        model={"weights": str(tmp_path / "w.safetensors")},
+        train={"epochs": 1, "joint_epochs": 0, "distill": 1.0, "lr": 1.0e-6},
+        connectivity={"rule": "chain"},
+    )
+    _train(recipe, tmp_path / "second", resume=False)
+    assert rows(tmp_path / "second")[0]["loss"] < 5  # with distill: 1.0 labels play no part
+
+
+def test_two_processes_draw_the_same_masks_and_repeat_the_single_process_losses(tmp_path):
+    # LayerNorm, not BN: batch statistics are each process's own on the CPU
+    recipe = short_recipe(
+        data={"image_size": 32, "crop": "none"},
+        model={"backbone": "test_convnext"},
+        train={"epochs": 2, "joint_epochs": 1, "optimizer": "adamw", "lr": 1.0e-3},
+    )
+    path = write_recipe(tmp_path / "two.yaml", recipe)
+    _train(recipe, tmp_path / "one", resume=False)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1",
+        "--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0",
+        str(Path(__file__).parent / "two_processes.py"), str(path), str(tmp_path / "two"),
+    ]  # fmt: skip
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    masks = [json.loads((tmp_path / "two" / f"masks{rank}.json").read_text()) for rank in (0, 1)]
+    assert masks[0] == masks[1]
+    assert len(masks[0]) == 1 + 3  # the first draw and one a joint step
+    single, double = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert [row[:2] for row in single] == [row[:2] for row in double]
+    assert [row[2] for row in double] == pytest.approx([row[2] for row in single], rel=2e-4)
+    one, two = (load_checkpoint(tmp_path / name).header["topology"] for name in ("one", "two"))
+    assert one == two
