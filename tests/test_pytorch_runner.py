@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import numpy as np
 import pytest
@@ -75,7 +76,8 @@ def test_images_in_read_only_or_turned_memory_give_the_same_answer(module):
     locked = images.copy()
     locked.flags.writeable = False
     turned = np.ascontiguousarray(images.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
-    with TorchRunner(module, name="net", threads=1) as runner:
+    with TorchRunner(module, name="net", threads=1) as runner, warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch warns, once a process, of memory that it must not write
         for same in (locked, turned):
             np.testing.assert_array_equal(runner.infer(same), runner.infer(images))
 

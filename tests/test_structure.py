@@ -1,0 +1,60 @@
+"""The code reads as a line: what a module may import is what comes before it."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import mcdeploy
+
+ROOT = Path(__file__).parents[1]
+LINE = [
+    "errors", "recipe", "data", "checkpoint", "backbones", "connectivity.topology", "connectivity.stages",
+    "connectivity.wiring", "connectivity.fixed", "connectivity.maskconnect", "connectivity", "model", "evaluate",
+    "train", "compile.prune", "compile.fold", "compile.certify", "compile", "backends.onnx", "backends.pytorch",
+    "backends", "verify", "bench", "package", "report", "targets", "demo", "cli",
+]  # fmt: skip
+
+
+def modules():
+    for path in sorted((ROOT / "mcdeploy").rglob("*.py")):
+        name = ".".join(path.relative_to(ROOT / "mcdeploy").with_suffix("").parts).removesuffix(".__init__")
+        yield name, ast.parse(path.read_text())
+
+
+def imports_of(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mcdeploy"):
+            base = (node.module or "").removeprefix("mcdeploy").lstrip(".")
+            for alias in node.names:
+                inner = f"{base}.{alias.name}".lstrip(".")
+                yield inner if inner in LINE else base
+        elif isinstance(node, ast.Import):
+            yield from (a.name.removeprefix("mcdeploy.") for a in node.names if a.name.startswith("mcdeploy."))
+
+
+def test_imports_follow_the_line_and_never_point_back():
+    for name, tree in modules():
+        if name.split(".")[0] in ("__init__", "backbones"):
+            continue
+        assert name in LINE, f"{name} has no place in the line"
+        for imported in imports_of(tree):
+            assert LINE.index(imported) < LINE.index(name), f"{name} imports {imported}, which comes later"
+
+
+def test_only_the_command_line_knows_the_whole_recipe():
+    for name, tree in modules():
+        names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        names |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+        assert "Recipe" not in names or name in ("cli", "recipe"), f"{name} knows the whole recipe"
+
+
+def test_the_command_line_starts_without_torch():
+    code = "import sys, mcdeploy.cli; heavy = {'torch', 'timm', 'onnx', 'numpy', 'pydantic'} & set(sys.modules); print(sorted(heavy))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
+
+
+def test_public_names_are_these_and_all_of_them_exist():
+    assert mcdeploy.__all__ == (ROOT / "tests" / "golden" / "public_names.txt").read_text().split()
+    assert all(getattr(mcdeploy, name) is not None for name in mcdeploy.__all__)
