@@ -149,13 +149,15 @@ def bench(
     """Latency of A against B, interleaved, with intervals; exit code 1 when slower than the baseline allows."""
     with _extra("mcdeploy bench", "train"):
         from mcdeploy.bench import check_baseline, read_report
+    allowed = _percent(fail_if_slower)
+    earlier = read_report(baseline) if baseline else None
     report = _bench(targets, backend, batch, seconds, threads, image_size)
     _print_bench(report)
     if plot:
         report.plot(plot)
     _write_json(json_file, report.to_json())
-    if baseline:
-        for line in check_baseline(report, read_report(baseline), _percent(fail_if_slower)):
+    if earlier:
+        for line in check_baseline(report, earlier, allowed):
             print(line)
 
 

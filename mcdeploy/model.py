@@ -13,7 +13,7 @@ from torch import nn
 
 import mcdeploy.backbones  # noqa: F401  registers our nets with timm
 from mcdeploy.checkpoint import Checkpoint
-from mcdeploy.connectivity import RULES
+from mcdeploy.connectivity.rules import RULES
 from mcdeploy.connectivity.stages import candidate_sources, find_stages
 from mcdeploy.connectivity.topology import Topology
 from mcdeploy.connectivity.wiring import install, restore

@@ -14,11 +14,13 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import onnx
 import timm
 import torch
+from google.protobuf.message import DecodeError
 from mcruntime.bundle import load_bundle
 from mcruntime.engine import OnnxRunner, Provider, Runner
 from mcruntime.preprocess import Preprocessing
@@ -96,13 +98,27 @@ def open_file(text: str) -> Target:
                 preprocessing=manifest.preprocessing,
             )
         case "onnx":
-            return Target(text, onnx=path)
+            return Target(text, onnx=path, image_size=_square([axis.dim_value for axis in _input_axes(path)[2:]]))
         case "pt2":
             try:
-                return Target(text, module=torch.export.load(path).module())
+                program = torch.export.load(path)
+                shape = program.example_inputs[0][0].shape
+                return Target(text, module=program.module(), image_size=_square(shape[2:]))
             except Exception as error:  # torch.export's loader raises many kinds
                 raise InputError(f"{text}: not a complete ExportedProgram ({type(error).__name__})") from None
     raise InputError(f"{text}: expected a bundle folder, an .onnx or a .pt2 file")
+
+
+def _input_axes(path: Path) -> Sequence[Any]:
+    try:
+        return onnx.load(path, load_external_data=False).graph.input[0].type.tensor_type.shape.dim
+    except (DecodeError, IndexError, OSError) as error:
+        raise InputError(f"{path}: not a complete ONNX model ({type(error).__name__})") from None
+
+
+def _square(sizes: Sequence[int]) -> int | None:
+    """The side of square images, or None when the model takes any or other ones."""
+    return int(sizes[0]) if len(sizes) == 2 and sizes[0] == sizes[1] and sizes[0] > 0 else None
 
 
 def open_runner(target: Target, backend: Backend, stack: ExitStack, *, image_size: int, threads: int | None) -> Runner:

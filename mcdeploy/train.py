@@ -6,6 +6,7 @@ killed and resumed repeats the losses of one that was not, bit for bit on the sa
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.metadata
 import itertools
@@ -14,7 +15,7 @@ import math
 import random
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -118,9 +119,8 @@ def train(
     if gates:
         gates.resume(gates.num_steps)  # with several processes, preparing has written every parameter once
 
-    log = _Log(out, from_epoch=first_epoch) if is_main else None
     accuracy: Accuracy | None = None
-    with _progress(is_main) as progress:
+    with _progress(is_main) as progress, _open_log(out, first_epoch, is_main) as log:
         for epoch in range(first_epoch, config.epochs):
             if gates and epoch == config.joint_epochs:
                 speak(
@@ -217,8 +217,6 @@ def train(
 
     if accuracy is None:  # resumed a finished run
         accuracy = _evaluate(accelerator, ema.module if ema else model, val_loader)
-    if log:
-        log.close()
     accelerator.unwrap_model(forward, keep_fp32_wrapper=False)
     trained = (ema.module if ema else model).cpu().eval()
     accelerator.end_training()
@@ -356,6 +354,17 @@ def _progress(visible: bool) -> Progress:
     progress = Progress(*columns, transient=True)
     progress.disable = not (visible and progress.console.is_terminal)
     return progress
+
+
+@contextlib.contextmanager
+def _open_log(out: Path, from_epoch: int, is_main: bool) -> Iterator[_Log | None]:
+    """Only the main process keeps one; it is closed whatever ends the training."""
+    log = _Log(out, from_epoch) if is_main else None
+    try:
+        yield log
+    finally:
+        if log:
+            log.close()
 
 
 class _Log:

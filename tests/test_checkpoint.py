@@ -84,4 +84,6 @@ def test_an_optimizer_comes_back_with_its_state(kind):
 
 
 def test_the_hash_of_plain_data_does_not_depend_on_the_order_of_keys():
-    assert sha256_of_json({"a": 1, "b": [2]}) == sha256_of_json({"b": [2], "a": 1}) != sha256_of_json({"a": 2, "b": [2]})
+    assert (
+        sha256_of_json({"a": 1, "b": [2]}) == sha256_of_json({"b": [2], "a": 1}) != sha256_of_json({"a": 2, "b": [2]})
+    )

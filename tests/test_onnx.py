@@ -127,7 +127,9 @@ def test_nothing_in_the_file_belongs_to_a_dead_block_or_a_gate(tmp_path):
     names = [t.name for t in graph.initializer] + [node.name for node in graph.node]
     gone = [topology_of(model).describe(node) for node in dead]
     assert gone
-    assert not [name for name in names if any(f"{block}." in name for block in gone) or "gate" in name or "mask" in name]
+    assert not [
+        name for name in names if any(f"{block}." in name for block in gone) or "gate" in name or "mask" in name
+    ]
     assert not any((onnx.numpy_helper.to_array(t) == 12345.0).any() for t in graph.initializer)
     assert sum(node.op_type == "Conv" for node in graph.node) == 1 + 2 * (12 - len(dead))
 

@@ -10,9 +10,9 @@ import mcdeploy
 ROOT = Path(__file__).parents[1]
 LINE = [
     "errors", "recipe", "data", "checkpoint", "backbones", "connectivity.topology", "connectivity.stages",
-    "connectivity.wiring", "connectivity.fixed", "connectivity.maskconnect", "connectivity", "model", "evaluate",
-    "train", "compile.prune", "compile.fold", "compile.certify", "compile", "backends.onnx", "backends.pytorch",
-    "backends", "verify", "bench", "package", "report", "targets", "demo", "cli",
+    "connectivity.wiring", "connectivity.fixed", "connectivity.maskconnect", "connectivity.rules", "connectivity",
+    "model", "evaluate", "train", "compile.prune", "compile.fold", "compile.certify", "compile", "backends.onnx",
+    "backends.pytorch", "backends", "verify", "bench", "package", "report", "targets", "demo", "cli",
 ]  # fmt: skip
 
 
@@ -50,7 +50,8 @@ def test_only_the_command_line_knows_the_whole_recipe():
 
 
 def test_the_command_line_starts_without_torch():
-    code = "import sys, mcdeploy.cli; heavy = {'torch', 'timm', 'onnx', 'numpy', 'pydantic'} & set(sys.modules); print(sorted(heavy))"
+    heavy = "{'torch', 'timm', 'onnx', 'numpy', 'pydantic'}"
+    code = f"import sys, mcdeploy.cli; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
 

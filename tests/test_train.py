@@ -20,7 +20,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def rows(run, kind="step"):
-    return [row for line in (run / "metrics.jsonl").read_text().splitlines() if (row := json.loads(line))["kind"] == kind]
+    return [
+        row for line in (run / "metrics.jsonl").read_text().splitlines() if (row := json.loads(line))["kind"] == kind
+    ]
 
 
 def losses(run):
@@ -42,7 +44,11 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'export'}", "OMP_NUM
 
 @pytest.mark.parametrize("connectivity", ["learned", "ema and dropout"])
 def test_a_run_killed_with_sigkill_and_resumed_repeats_the_losses_bit_for_bit(tmp_path, connectivity):
-    train = {"epochs": 4, "joint_epochs": 2, "ema_decay": 0.9} if connectivity != "learned" else {"epochs": 4, "joint_epochs": 2}
+    train = (
+        {"epochs": 4, "joint_epochs": 2, "ema_decay": 0.9}
+        if connectivity != "learned"
+        else {"epochs": 4, "joint_epochs": 2}
+    )
     data = {"mixup": 0.2} if connectivity != "learned" else {}
     recipe = short_recipe(train=train, data=data)
     _train(recipe, tmp_path / "straight", resume=False)
@@ -122,7 +128,7 @@ def test_a_loss_that_is_not_finite_stops_with_epoch_step_lr_and_the_last_good_ch
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_nan_and_infinity_are_named_with_their_step(tmp_path, bad):
-    with pytest.raises(TrainingError, match="epoch 1, step 12 .*there is no checkpoint yet"):
+    with pytest.raises(TrainingError, match=r"epoch 1, step 12 .*there is no checkpoint yet"):
         _stop_if_not_finite([1.0, 2.0, bad], 0, 10, 0.1, tmp_path)
 
 
