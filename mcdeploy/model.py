@@ -102,7 +102,7 @@ def wire_model(model: nn.Module, config: ConnectivityConfig, image_size: int, to
             f"{type(model).__name__}: no block can read more than the one before it, so there is nothing to wire; "
             "pick a deeper backbone or scope: network"
         )
-    sources, edges = RULES[config.rule](candidates, config)
+    sources, edges = RULES[config.rule](stages, candidates, config)
     install(model, stages, sources, edges)
 
 
@@ -123,7 +123,7 @@ def wire(model: nn.Module, rule: str, *, image_size: int | None = None, **option
     """Wire a timm model you made yourself, in place, and return it.
 
     Args:
-        rule: ``chain``, ``all``, ``random`` or ``maskconnect``.
+        rule: ``chain``, ``all``, ``random``, ``drop`` or ``maskconnect``.
         image_size: height and width of the images it will see, in pixels; default: the model's own.
         options: the rule's options, named as in a recipe, such as ``fan_in=3``.
 

@@ -102,6 +102,13 @@ class RandomConfig(Section):
     scope: Literal["stage", "network"] = "stage"
 
 
+class DropConfig(Section):
+    """A chain without the named blocks: block removal that was decided elsewhere, such as examples/rank_blocks.py."""
+
+    rule: Literal["drop"]
+    blocks: Annotated[tuple[str, ...], Field(min_length=1)]  # such as "layer1.3"; not the first or last of a stage
+
+
 class MaskConnectConfig(Section):
     """Every block learns which K earlier blocks to read (MaskConnect, ECCV 2018)."""
 
@@ -116,7 +123,16 @@ class MaskConnectConfig(Section):
     )
 
 
-ConnectivityConfig = Annotated[ChainConfig | AllConfig | RandomConfig | MaskConnectConfig, Field(discriminator="rule")]
+ConnectivityConfig = Annotated[
+    ChainConfig | AllConfig | RandomConfig | DropConfig | MaskConnectConfig, Field(discriminator="rule")
+]
+RULE_CONFIGS: dict[str, type[Section]] = {
+    "chain": ChainConfig,
+    "all": AllConfig,
+    "random": RandomConfig,
+    "drop": DropConfig,
+    "maskconnect": MaskConnectConfig,
+}
 
 
 class TrainConfig(Section):
@@ -162,7 +178,6 @@ class ExportConfig(Section):
     """What prune-export makes and how close it must come."""
 
     opset: Annotated[int, Field(ge=18, le=23)] = 20
-    backends: tuple[Literal["onnx"], ...] = ("onnx",)
     max_abs: Positive = 1e-3  # largest |trained - exported| over all logits, relative to the largest |logit|
     min_agreement: Fraction = 0.999  # share of validation images with the same predicted class
     max_accuracy_drop: Fraction = 0.01  # of the exported against the trained net, 0..1
@@ -229,7 +244,7 @@ def parse_recipe(tree: dict[str, Any], where: str) -> Recipe:
         raise RecipeError(f"{where}: {_explain(error, tree)}") from None
 
 
-def parse_connectivity(rule: str, **options: Any) -> ChainConfig | AllConfig | RandomConfig | MaskConnectConfig:
+def parse_connectivity(rule: str, **options: Any) -> ConnectivityConfig:
     """Check a rule's options when they come from Python instead of a file.
 
     Raises:
@@ -265,8 +280,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 def _explain(error: ValidationError, tree: Any) -> str:
     """The first problem of a pydantic error as one sentence with key, found value, and the nearest valid key."""
     problem = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")  # a typo explains the rest
-    rules = {"chain", "all", "random", "maskconnect"}
-    path = [str(part) for i, part in enumerate(problem["loc"]) if not (i == 1 and part in rules)]
+    path = [str(part) for i, part in enumerate(problem["loc"]) if not (i == 1 and part in RULE_CONFIGS)]
     key = ".".join(path)
     match problem["type"]:
         case "extra_forbidden":
@@ -296,10 +310,7 @@ def _keys_of(section: list[str], loc: tuple[int | str, ...]) -> set[str]:
     if not section:
         return set(Recipe.model_fields)
     if section[0] == "connectivity":
-        rules: dict[str, type[Section]] = {
-            "chain": ChainConfig, "all": AllConfig, "random": RandomConfig, "maskconnect": MaskConnectConfig,
-        }  # fmt: skip
-        return set(rules[str(loc[1])].model_fields)
+        return set(RULE_CONFIGS[str(loc[1])].model_fields)
     sections: dict[str, type[Section]] = {
         "data": DataConfig, "model": ModelConfig, "train": TrainConfig, "export": ExportConfig,
     }  # fmt: skip

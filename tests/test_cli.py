@@ -385,7 +385,7 @@ def test_recipes_lists_every_recipe_that_ships(capsys):
 
 
 def test_a_missing_package_names_the_extra_to_install():
-    code = "import sys, mcdeploy.cli as c; sys.modules['torch'] = None; sys.argv = ['mcdeploy', 'train', 'digits']; c.main()"
+    code = "import sys, mcdeploy.cli as c; sys.modules['torch'] = None; sys.argv = ['mcdeploy', 'train', 'digits']; c.main()"  # noqa: E501
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 2
     assert "pip install 'mcdeploy[train]'" in done.stderr

@@ -128,3 +128,27 @@ def test_unknown_rules_and_models_with_nothing_to_choose_are_refused():
         mcdeploy.wire(nn.Sequential(nn.Conv2d(3, 3, 1), blocks), "all", image_size=16)
     with pytest.raises(WiringError, match="is not wired"):
         topology_of(nn.Linear(1, 1))
+
+
+def test_dropped_blocks_are_stepped_over_and_die():
+    model = wired_resnet("drop", blocks=["layer1.1", "layer1.2", "layer3.2"])
+    topology = topology_of(model)
+    assert [topology.describe(node) for node in topology.dead_blocks()] == ["layer1.1", "layer1.2", "layer3.2"]
+    plain = small_resnet()
+    for stage, blocks in (("layer1", (0, 3)), ("layer3", (0, 1, 3))):
+        plain.set_submodule(stage, nn.Sequential(*(plain.get_submodule(f"{stage}.{i}") for i in blocks)))
+    with torch.no_grad():
+        assert torch.equal(model(images(2, 16)), plain(images(2, 16)))
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ("layer1.3", "keep it"),
+        ("layer3.0", "of another shape"),
+        ("layer9.1", "no wirable stage has a block 'layer9.1'"),
+    ],
+)
+def test_blocks_that_cannot_be_dropped_are_refused(block, message):
+    with pytest.raises(WiringError, match=message):
+        wired_resnet("drop", blocks=[block])

@@ -25,7 +25,7 @@ class Check:
 
     step: str
     bn: str  # "as trained" or "scrambled"
-    must_be: str  # "bit-equal" or "within 1e-10 in float64"
+    must_be: str  # "bit-equal in float32", "bit-equal in float64" or "within 1e-10 in float64"
     max_relative: float
 
 
@@ -74,7 +74,7 @@ def check_equal(before: nn.Module, after: nn.Module, example: Tensor, step: str,
         raise ParityError(
             f"compile: {step} must be bit-equal but differs by {difference:.2e} (BN {bn}); nothing was written"
         )
-    return Check(step, bn, "bit-equal", difference)
+    return Check(step, bn, f"bit-equal in {str(example.dtype).removeprefix('torch.')}", difference)
 
 
 def check_close(before: nn.Module, after: nn.Module, example: Tensor, step: str, bn: str) -> Check:

@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from mcdeploy.connectivity.stages import Stage
 from mcdeploy.connectivity.wiring import Sources, Wired
 from mcdeploy.errors import WiringError
 from mcdeploy.recipe import MaskConnectConfig
@@ -107,7 +108,7 @@ class MaskEdges(nn.Module):
         self.mask_GN.copy_(mask_GN)
 
 
-def maskconnect(candidates: tuple[Sources, ...], config: MaskConnectConfig) -> Wired:
+def maskconnect(stages: tuple[Stage, ...], candidates: tuple[Sources, ...], config: MaskConnectConfig) -> Wired:
     """The rule: every block may read all its candidates; one set of gates a stage."""
     edges: list[nn.Module] = [MaskEdges(rows, config.fan_in, config.aggregate, config.gate_init) for rows in candidates]
     return candidates, edges

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 from mcdeploy.connectivity import fixed, maskconnect
+from mcdeploy.connectivity.stages import Stage
 from mcdeploy.connectivity.wiring import Sources, Wired
 
-RULES: dict[str, Callable[[tuple[Sources, ...], Any], Wired]] = {
+RULES: dict[str, Callable[[tuple[Stage, ...], tuple[Sources, ...], Any], Wired]] = {
     "chain": fixed.chain,
     "all": fixed.all_sources,
     "random": fixed.random,
+    "drop": fixed.drop,
     "maskconnect": maskconnect.maskconnect,
 }
