@@ -82,6 +82,8 @@ def train(
 
     loaded = load_recipe(_find_recipe(recipe), tuple(overrides))
     run = out or Path("runs") / loaded.name
+    if not resume and (run / "checkpoint.safetensors").exists():
+        raise InputError(f"{run}: holds a run already; add --resume to continue it, or give another --out")
     result, _ = _train(loaded, run, resume)
     _write_json(
         json_file, {"top1": result.accuracy.top1, "loss": result.accuracy.loss, "images": result.accuracy.images}
@@ -211,15 +213,15 @@ def _train(recipe: Recipe, run: Path, resume: bool) -> tuple[TrainResult, Loader
         import torch
 
         from mcdeploy.data import build_loaders
-        from mcdeploy.model import build_model
+        from mcdeploy.model import build_backbone, build_model
         from mcdeploy.train import train as run_training
     from mcdeploy.recipe import MaskConnectConfig
 
-    if not resume and (run / "checkpoint.safetensors").exists() and run != Path("demo"):
-        raise InputError(f"{run}: holds a run already; add --resume to continue it, or give another --out")
     torch.manual_seed(recipe.seed)
     loaders = build_loaders(recipe.data, recipe.train.batch_size, recipe.train.eval_batch_size, recipe.seed)
-    model = build_model(recipe.model, recipe.connectivity, len(loaders.classes), recipe.data.image_size)
+    size, num_classes = recipe.data.image_size, len(loaders.classes)
+    model = build_model(recipe.model, recipe.connectivity, num_classes, size)
+    teacher = build_backbone(recipe.model, num_classes, size) if recipe.train.distill else None
     result = run_training(
         model,
         loaders,
@@ -228,6 +230,7 @@ def _train(recipe: Recipe, run: Path, resume: bool) -> tuple[TrainResult, Loader
         seed=recipe.seed,
         out=run,
         gate_config=recipe.connectivity if isinstance(recipe.connectivity, MaskConnectConfig) else None,
+        teacher=teacher,
         header={"recipe": recipe.model_dump(mode="json")},
         resume=resume,
     )

@@ -7,7 +7,6 @@ killed and resumed repeats the losses of one that was not, bit for bit on the sa
 from __future__ import annotations
 
 import contextlib
-import copy
 import importlib.metadata
 import itertools
 import json
@@ -73,6 +72,7 @@ def train(
     seed: int,
     out: Path,
     gate_config: MaskConnectConfig | None = None,
+    teacher: nn.Module | None = None,
     header: Mapping[str, Any] | None = None,
     resume: bool = False,
     say: Callable[[str], None] = print,
@@ -82,6 +82,7 @@ def train(
     Args:
         model: wired; changed in place.
         gate_config: given when the wiring is learned.
+        teacher: given when ``config.distill`` is not 0; its logits are followed, it does not learn.
         header: what a checkpoint must hold beside the training state: the recipe.
         resume: continue from the checkpoint in ``out``.
         say: takes one line of progress at a time; only the main process speaks.
@@ -94,8 +95,8 @@ def train(
     accelerator = _accelerator(config)
     is_main = accelerator.is_main_process
     speak = say if is_main else (lambda _: None)
-    teacher = copy.deepcopy(model).eval().to(accelerator.device) if config.distill else None
-
+    if teacher is not None:
+        teacher = teacher.eval().to(accelerator.device)
     model.to(accelerator.device)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
