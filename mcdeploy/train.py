@@ -108,7 +108,13 @@ def train(
 
     optimizer = _optimizer(model, config)
     scheduler = _scheduler(optimizer, config, steps_per_epoch)
-    candidates = candidates_of(model).to_json()
+    kept = {
+        **(header or {}),
+        "candidates": candidates_of(model).to_json(),
+        "classes": loaders.classes,
+        "preprocessing": loaders.preprocessing.model_dump(mode="json"),
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "timm", "accelerate")},
+    }
     gates = GateOptimizer(model, gate_config.gate_lr, gate_config.gate_grad, seed) if gate_config else None
     first_epoch = 0
     if resume:
@@ -124,18 +130,15 @@ def train(
     with _progress(is_main) as progress, _open_log(out, first_epoch, is_main) as log:
         for epoch in range(first_epoch, config.epochs):
             if gates and epoch == config.joint_epochs:
-                speak(
-                    f"epoch {epoch}: freezing the top {gate_config.fan_in if gate_config else ''} gates of every block"
-                )
+                speak(f"after epoch {epoch}: freezing the top gates of every block")
                 accelerator.unwrap_model(forward, keep_fp32_wrapper=False)
                 topology = topology_of(model)
                 gates = None
-                for frozen in (model, ema.module if ema else None):
-                    if frozen is not None:
-                        fix(frozen, topology)
+                for learned in (model, ema.module) if ema else (model,):
+                    fix(learned, topology)
+                    set_epoch(loaders.train, epoch)
+                    _reestimate_bn(learned, train_loader, config.bn_batches)
                 forward, run = _prepare(accelerator, model, config)
-                set_epoch(loaders.train, epoch)
-                _reestimate_bn(model, train_loader, config.bn_batches)
 
             _reseed(seed, epoch, accelerator.process_index)
             set_epoch(loaders.train, epoch)
@@ -143,7 +146,7 @@ def train(
             pending: list[Tensor] = []
             started = time.perf_counter()
             bar = progress.add_task(f"epoch {epoch + 1}/{config.epochs}", total=steps_per_epoch)
-            epoch_loss = 0.0
+            epoch_loss, accuracy = 0.0, None
             for step, (images, labels) in enumerate(train_loader):
                 update = epoch * steps_per_epoch + step
                 if mixup:
@@ -184,31 +187,7 @@ def train(
                 accuracy = _evaluate(accelerator, evaluated, val_loader)
             if log:
                 log.epoch(epoch, epoch_loss / steps_per_epoch, accuracy, gate_values(model))
-                tensors, values = pack_optimizer(optimizer.optimizer)
-                save_checkpoint(
-                    out / FILE_NAME,
-                    {
-                        **(header or {}),
-                        "epochs_done": epoch + 1,
-                        "frozen": gates is None,
-                        "topology": topology_of(model).to_json(),
-                        "candidates": candidates,
-                        "gate_steps": gates.num_steps if gates else 0,
-                        "optimizer": values,
-                        "accuracy": asdict(accuracy) if accuracy else None,
-                        "uses_ema": ema is not None,
-                        "classes": loaders.classes,
-                        "preprocessing": loaders.preprocessing.model_dump(mode="json"),
-                        "versions": {
-                            name: importlib.metadata.version(name) for name in ("torch", "timm", "accelerate")
-                        },
-                    },
-                    {
-                        **{f"model.{k}": t for k, t in model.state_dict().items()},
-                        **({f"ema.{k}": t for k, t in ema.module.state_dict().items()} if ema else {}),
-                        **{f"optimizer.{k}": t for k, t in tensors.items()},
-                    },
-                )
+                _save(out, {**kept, "epochs_done": epoch + 1}, model, ema, optimizer.optimizer, gates, accuracy)
             seconds = time.perf_counter() - started
             shown = f", top-1 {accuracy.top1:.2%}" if accuracy else ""
             speak(
@@ -309,6 +288,36 @@ def _evaluate(accelerator: accelerate.Accelerator, model: nn.Module, loader: Any
     return accuracy
 
 
+def _save(
+    out: Path,
+    header: dict[str, Any],
+    model: nn.Module,
+    ema: ModelEmaV3 | None,
+    optimizer: torch.optim.Optimizer,
+    gates: GateOptimizer | None,
+    accuracy: Accuracy | None,
+) -> None:
+    """The state after an epoch; ``_resume`` is its inverse."""
+    tensors, values = pack_optimizer(optimizer)
+    save_checkpoint(
+        out / FILE_NAME,
+        {
+            **header,
+            "frozen": gates is None,
+            "topology": topology_of(model).to_json(),
+            "gate_steps": gates.num_steps if gates else 0,
+            "optimizer": values,
+            "accuracy": asdict(accuracy) if accuracy else None,
+            "uses_ema": ema is not None,
+        },
+        {
+            **{f"model.{key}": tensor for key, tensor in model.state_dict().items()},
+            **({f"ema.{key}": tensor for key, tensor in ema.module.state_dict().items()} if ema else {}),
+            **{f"optimizer.{key}": tensor for key, tensor in tensors.items()},
+        },
+    )
+
+
 def _resume(
     out: Path, model: nn.Module, ema: ModelEmaV3 | None, optimizer: torch.optim.Optimizer, gates: GateOptimizer | None
 ) -> tuple[int, GateOptimizer | None]:
@@ -316,9 +325,8 @@ def _resume(
     header = checkpoint.header
     try:
         if header["frozen"] and gates:
-            for learned in (model, ema.module if ema else None):
-                if learned is not None:
-                    fix(learned, Topology.from_json(header["topology"]))
+            for learned in (model, ema.module) if ema else (model,):
+                fix(learned, Topology.from_json(header["topology"]))
             gates = None
         model.load_state_dict(checkpoint.part("model"))
         if ema:
