@@ -5,13 +5,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from hand_written import HandWritten, hand_topology
 from mcruntime.engine import OnnxRunner
 from tiny_models import images, small_resnet, timm_model, train_a_step, wired_resnet
 from torch import nn
 
 import mcdeploy
 from mcdeploy.backends.onnx import _check, export_onnx, export_program, read_opset
-from mcdeploy.connectivity.topology import Node, StageWiring, Topology
 from mcdeploy.connectivity.wiring import fix, topology_of, wired_stages
 from mcdeploy.errors import BackendError
 
@@ -57,42 +57,6 @@ def test_a_model_that_cannot_be_exported_leaves_the_old_file_and_no_rest(tmp_pat
         export_onnx(Stubborn(), tmp_path / "m.onnx", images(2, 4))
     assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
     assert (tmp_path / "m.onnx").read_bytes() == b"old"
-
-
-class HandWritten(nn.Module):
-    """``wired_resnet`` under the topology of ``hand_topology``, as a person would write it."""
-
-    def __init__(self, source):
-        super().__init__()
-        self.stem = nn.Sequential(source.conv1, source.bn1, source.act1)
-        self.a, self.b, self.c = source.layer1[0], source.layer1[1], source.layer1[3]
-        self.second = nn.Sequential(source.layer2[0], source.layer2[3])
-        self.third = nn.ModuleList(source.layer3)
-        self.linear = source.linear
-
-    def forward(self, x):
-        x = self.stem(x)
-        first = self.a(x)
-        second = self.b(first)
-        x = self.second(self.c((x + second) / 2))
-        y1 = self.third[0](x)
-        y2 = self.third[1](y1)
-        y3 = self.third[2]((y1 + y2) / 2)
-        y4 = self.third[3]((y1 + y2 + y3) / 3)
-        return self.linear(y4.mean((2, 3)))
-
-
-def hand_topology(model):
-    reads = (
-        ((0,), (1,), (1,), (0, 2)),  # block 3 is dead
-        ((0,), (1,), (1,), (1,)),  # blocks 2 and 3 are dead, a chain is left
-        ((0,), (1,), (1, 2), (1, 2, 3)),
-    )
-    stages = tuple(
-        StageWiring(stage.name, stage.blocks, tuple(tuple(Node(s, i) for i in row) for row in reads[s]))
-        for s, stage in enumerate(topology_of(model).stages)
-    )
-    return Topology(stages, "mean")
 
 
 def nodes(model):
