@@ -212,6 +212,7 @@ def _train(recipe: Recipe, run: Path, resume: bool) -> tuple[TrainResult, Loader
     with _extra("mcdeploy train", "train"):
         import torch
 
+        from mcdeploy.checkpoint import sha256_of
         from mcdeploy.data import build_loaders
         from mcdeploy.model import build_backbone, build_model
         from mcdeploy.train import train as run_training
@@ -231,7 +232,10 @@ def _train(recipe: Recipe, run: Path, resume: bool) -> tuple[TrainResult, Loader
         out=run,
         gate_config=recipe.connectivity if isinstance(recipe.connectivity, MaskConnectConfig) else None,
         teacher=teacher,
-        header={"recipe": recipe.model_dump(mode="json")},
+        header={
+            "recipe": recipe.model_dump(mode="json"),
+            "parents": {"weights": sha256_of(Path(recipe.model.weights))} if recipe.model.weights else {},
+        },
         resume=resume,
     )
     return result, loaders
@@ -270,7 +274,11 @@ def _prune_export(run: Path, out: Path, data: str | None = None) -> Shipped:
         out=out,
         labels=header["classes"],
         preprocessing=Preprocessing.model_validate_json(json.dumps(header["preprocessing"])),
-        parents={"checkpoint": sha256_of(run / FILE_NAME), "recipe": sha256_of_json(header["recipe"])},
+        parents={
+            "checkpoint": sha256_of(run / FILE_NAME),
+            "recipe": sha256_of_json(header["recipe"]),
+            **header.get("parents", {}),
+        },
         seeds={"train": recipe.seed},
         program=run / PROGRAM,
         say=lambda line: print(f"    {line}"),
