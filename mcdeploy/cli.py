@@ -10,13 +10,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from mcdeploy.errors import InputError, McdeployError, MissingExtraError
 
 if TYPE_CHECKING:
+    from mcruntime.preprocess import Preprocessing
+
     from mcdeploy.bench import BenchReport
     from mcdeploy.data import Loaders
     from mcdeploy.package import Shipped
@@ -50,9 +52,13 @@ def demo(
     """All of it on data that ships with a package: train, prune-export, bench, one served prediction, a report."""
     with _extra("mcdeploy demo", "train"):
         from mcdeploy import demo as showing
+    with _extra("mcdeploy demo", "serve"):
+        import uvicorn  # noqa: F401
     from mcdeploy.recipe import load_recipe
 
-    recipe = load_recipe(_find_recipe(Path("digits")))
+    if (out / "checkpoint.safetensors").exists() and out != Path("demo"):
+        raise InputError(f"{out}: holds a run already; give another --out")
+    recipe = load_recipe(_recipe_folder() / "digits.yaml")
     print(f"1/5 train: {recipe.model.backbone} on digits, MaskConnect, {recipe.train.epochs} epochs")
     result, loaders = _train(recipe, out, resume=False)
     print("2/5 prune-export")
@@ -84,7 +90,10 @@ def train(
     run = out or Path("runs") / loaded.name
     if not resume and (run / "checkpoint.safetensors").exists():
         raise InputError(f"{run}: holds a run already; add --resume to continue it, or give another --out")
+    _check_folder(json_file)
     result, _ = _train(loaded, run, resume)
+    if not result.is_main:
+        return
     _write_json(
         json_file, {"top1": result.accuracy.top1, "loss": result.accuracy.loss, "images": result.accuracy.images}
     )
@@ -104,6 +113,7 @@ def prune_export(
     """Compile a trained run, export it, prove it, and seal it as a bundle. Also leaves compiled.pt2 in the run."""
     _only("--backend", backend, ["onnx"])
     _only("--precision", precision, ["fp32"])
+    _check_folder(json_file)
     shipped = _prune_export(run, out or run / BUNDLE, data)
     _report(run, shipped, None, f"mcdeploy prune-export {run}")
     certificate, manifest = shipped.certificate, shipped.bundle.manifest
@@ -119,12 +129,22 @@ def evaluate(
     target: Annotated[str, typer.Argument(metavar="RUN|BUNDLE|MODEL", help="What to evaluate.", show_default=False)],
     data: DataOption = None,
     weights: Annotated[Path | None, typer.Option(help="A .safetensors file for a timm backbone.")] = None,
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="timm's own weights for a timm backbone.")] = False,
     json_file: JsonOption = None,
 ) -> None:
     """Top-1 accuracy on the validation images, in fp32."""
     with _extra("mcdeploy eval", "train"):
         from mcdeploy.targets import evaluate_target
-    opened, config = _open_target(target, data, weights)
+    _check_folder(json_file)
+    opened, config = _open_target(target, data, weights, pretrained=pretrained)
+    if opened.preprocessing is None:
+        raise InputError(
+            f"{target}: nothing says how its images are prepared; evaluate the bundle or the run it is from"
+        )
+    if not opened.has_weights:
+        raise InputError(f"{target}: has random weights; give --weights FILE or --pretrained")
+    if data is None and not opened.has_data:
+        raise InputError(f"{target}: does not know its images; give --data, a folder with train/ and val/")
     loaders = _loaders_of(config)
     accuracy = evaluate_target(opened, loaders, image_size=config.image_size)
     _write_json(json_file, {"top1": accuracy.top1, "loss": accuracy.loss, "images": accuracy.images})
@@ -146,12 +166,18 @@ def bench(
     baseline: Annotated[
         Path | None, typer.Option(help="A JSON file of an earlier bench to compare ratios with.")
     ] = None,
-    fail_if_slower: Annotated[str, typer.Option(help="How much slower than the baseline is still fine.")] = "5%",
+    fail_if_slower: Annotated[str | None, typer.Option(help="How much slower is still fine; default: 5%.")] = None,
 ) -> None:
     """Latency of A against B, interleaved, with intervals; exit code 1 when slower than the baseline allows."""
     with _extra("mcdeploy bench", "train"):
         from mcdeploy.bench import check_baseline, read_report
-    allowed = _percent(fail_if_slower)
+    if fail_if_slower and not baseline:
+        raise InputError("--fail-if-slower: needs --baseline, the earlier bench to compare with")
+    if plot and plot.suffix not in (".png", ".svg", ".pdf"):
+        raise InputError(f"--plot {plot}: a plot is a .png, .svg or .pdf")
+    _check_folder(json_file)
+    _check_folder(plot)
+    allowed = _percent(fail_if_slower or "5%")
     earlier = read_report(baseline) if baseline else None
     report = _bench(targets, backend, batch, seconds, threads, image_size)
     _print_bench(report)
@@ -260,8 +286,6 @@ def _open_run(run: Path) -> tuple[Recipe, Any, dict[str, Any]]:
 def _prune_export(run: Path, out: Path, data: str | None = None) -> Shipped:
     recipe, model, header = _open_run(run)
     with _extra("mcdeploy prune-export", "train"):
-        from mcruntime.preprocess import Preprocessing
-
         from mcdeploy.checkpoint import FILE_NAME, sha256_of, sha256_of_json
         from mcdeploy.package import prune_export as make_bundle
     loaders = _loaders_of(_data_config(recipe.data, data))
@@ -273,7 +297,7 @@ def _prune_export(run: Path, out: Path, data: str | None = None) -> Shipped:
         name=recipe.name,
         out=out,
         labels=header["classes"],
-        preprocessing=Preprocessing.model_validate_json(json.dumps(header["preprocessing"])),
+        preprocessing=_preprocessing(header),
         parents={
             "checkpoint": sha256_of(run / FILE_NAME),
             "recipe": sha256_of_json(header["recipe"]),
@@ -304,37 +328,66 @@ def _report(run: Path, shipped: Shipped, bench: BenchReport | None, command: str
 
 
 def _open_target(
-    text: str, data: str | None, weights: Path | None, image_size: int | None = None
+    text: str,
+    data: str | None,
+    weights: Path | None = None,
+    image_size: int | None = None,
+    pretrained: bool = False,
 ) -> tuple[Target, DataConfig]:
     """What the user named, and the data section that goes with it."""
     with _extra("mcdeploy", "train"):
-        from mcdeploy.model import build_backbone
         from mcdeploy.targets import Target, kind_of, open_file
-    from mcdeploy.recipe import DataConfig, ModelConfig
+    from mcdeploy.recipe import DataConfig
 
     kind = kind_of(text)
-    if weights is not None and kind != "backbone":
-        raise InputError(f"--weights: is for timm backbones; {text} is a {kind} and has its own")
+    if (weights or pretrained) and kind != "backbone":
+        raise InputError(f"--weights and --pretrained are for timm backbones; {text} is a {kind} and has its own")
     if kind == "run":
         recipe, model, header = _open_run(Path(text))
-        target = Target(text, module=model, image_size=recipe.data.image_size, labels=tuple(header["classes"]))
+        target = Target(
+            text,
+            module=model,
+            image_size=recipe.data.image_size,
+            labels=tuple(header["classes"]),
+            preprocessing=_preprocessing(header),
+            has_data=True,
+        )
         return target, _data_config(recipe.data, data)
     if kind == "backbone":
-        import timm
-
-        import mcdeploy.backbones  # noqa: F401
-
-        cfg = timm.get_pretrained_cfg(text)
-        size = image_size or cfg.input_size[-1]
-        bare = DataConfig(image_size=size, mean=cfg.mean, std=cfg.std, crop_pct=cfg.crop_pct or 1.0)
-        config = ModelConfig(backbone=text, weights=str(weights) if weights else None)
-        module = build_backbone(config, cfg.num_classes, size).eval()
-        return Target(text, module=module, image_size=size), _data_config(bare, data)
+        return _open_backbone(text, data, weights, image_size, pretrained)
     target = open_file(text)
     how = target.preprocessing
-    size = target.image_size or image_size or 32
-    bare = DataConfig(image_size=size) if how is None else DataConfig(**how.model_dump())
-    return target, _data_config(bare, data)
+    return target, _data_config(DataConfig() if how is None else DataConfig(**how.model_dump()), data)
+
+
+def _open_backbone(
+    name: str, data: str | None, weights: Path | None, image_size: int | None, pretrained: bool
+) -> tuple[Target, DataConfig]:
+    """A timm model as timm describes it. Without weights of its own it cannot be evaluated, only timed and drawn."""
+    import timm
+    from mcruntime.preprocess import Preprocessing
+
+    import mcdeploy.backbones  # noqa: F401
+    from mcdeploy.model import build_backbone
+    from mcdeploy.recipe import DataConfig, ModelConfig
+    from mcdeploy.targets import Target
+
+    cfg = timm.get_pretrained_cfg(name)
+    size = image_size or cfg.input_size[-1]
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear" if cfg.interpolation == "bilinear" else "bicubic"
+    how = Preprocessing(
+        image_size=size, mean=cfg.mean, std=cfg.std, crop_pct=cfg.crop_pct or 1.0, interpolation=interpolation
+    )
+    config = ModelConfig(backbone=name, weights=str(weights) if weights else None, pretrained=pretrained)
+    module = build_backbone(config, cfg.num_classes, size).eval()
+    target = Target(name, module=module, image_size=size, preprocessing=how, has_weights=bool(weights or pretrained))
+    return target, _data_config(DataConfig(**how.model_dump()), data)
+
+
+def _preprocessing(header: dict[str, Any]) -> Preprocessing:
+    from mcruntime.preprocess import Preprocessing
+
+    return Preprocessing.model_validate_json(json.dumps(header["preprocessing"]))
 
 
 def _data_config(own: DataConfig, given: str | None) -> DataConfig:
@@ -385,7 +438,7 @@ def _recipe_folder() -> Path:
 def _find_recipe(given: Path) -> Path:
     """A path as it is, or the shipped recipe of that name."""
     shipped = _recipe_folder() / f"{given}.yaml"
-    return shipped if not given.exists() and shipped.exists() else given
+    return shipped if not given.is_file() and shipped.is_file() else given
 
 
 def _only(option: str, given: list[str], known: list[str]) -> None:
@@ -408,6 +461,12 @@ def _percent(text: str) -> float:
     if share < 0:
         raise InputError(f"--fail-if-slower {text}: expected 0% or more")
     return share
+
+
+def _check_folder(path: Path | None) -> None:
+    """Before the work rather than after it."""
+    if path is not None and not path.absolute().parent.is_dir():
+        raise InputError(f"{path}: there is no folder {path.parent} to write it into")
 
 
 def _write_json(path: Path | None, data: dict[str, Any]) -> None:
@@ -434,7 +493,7 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:
-        print(f"error: {error.filename or 'the disk'}: {error.strerror}", file=sys.stderr)
+        print(f"error: {error.filename or 'the disk'}: {error.strerror or error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -16,7 +16,7 @@ from mcdeploy.checkpoint import Checkpoint
 from mcdeploy.connectivity.rules import RULES
 from mcdeploy.connectivity.stages import candidate_sources, find_stages
 from mcdeploy.connectivity.topology import Topology
-from mcdeploy.connectivity.wiring import install, restore
+from mcdeploy.connectivity.wiring import install, restore, wired_stages
 from mcdeploy.errors import CheckpointError, RecipeError, WiringError
 from mcdeploy.recipe import ChainConfig, ConnectivityConfig, ModelConfig, parse_connectivity
 
@@ -87,8 +87,12 @@ def wire_model(model: nn.Module, config: ConnectivityConfig, image_size: int, to
     """Wire a backbone in place by its rule, or by a ``topology`` that is already known.
 
     Raises:
-        WiringError: no stage to wire, or nothing to choose in any of them.
+        WiringError: no stage to wire, nothing to choose in any of them, or wired already.
     """
+    if wired_stages(model):
+        raise WiringError(f"{type(model).__name__} is wired already; wire a fresh backbone")
+    if getattr(model, "grad_checkpointing", False):
+        raise WiringError("gradient checkpointing calls the blocks past their wiring; switch it off before wiring")
     stages = find_stages(model, _example(model, image_size))
     scope = getattr(config, "scope", "stage")
     if topology is not None:
@@ -139,7 +143,8 @@ def wire(model: nn.Module, rule: str, *, image_size: int | None = None, **option
 
 def _example(model: nn.Module, image_size: int) -> torch.Tensor:
     parameter = next(model.parameters())
-    channels = getattr(model, "default_cfg", {}).get("input_size", (3,))[0]
+    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    channels = first.in_channels if first is not None else 3
     return torch.zeros(2, channels, image_size, image_size, device=parameter.device, dtype=parameter.dtype)
 
 

@@ -63,7 +63,7 @@ def prune_export(
         trained: the trained, frozen model; stays as it is.
         val: validation images, at least 7.
         parents: name to sha256 of what this was made from.
-        program: where to leave the compiled model as an ExportedProgram, if anywhere.
+        program: where to leave the compiled model as an ExportedProgram, if anywhere; verified like the ONNX file.
 
     Raises:
         ParityError, AccuracyError: a step changed the function more than ``config`` allows.
@@ -74,7 +74,9 @@ def prune_export(
     trained = trained.cpu().eval()
     images = _first_images(val, SELFTEST_IMAGES)
     example = torch.from_numpy(images[:2])
-    part = out.with_name(f".{out.name}.part")
+    out = out.resolve()
+    part, old = out.with_name(f".{out.name}.part"), out.with_name(f".{out.name}.old")
+    draft = None if program is None else program.with_name(f".{program.name}.part")
     _make_room(out, part)
     try:
         say("compile: freeze, prune, fold, certify")
@@ -82,14 +84,19 @@ def prune_export(
         say(f"export: ONNX, opset {config.opset}")
         model_path = part / "model.onnx"
         export_onnx(small, model_path, example, opset=config.opset)
-        if program is not None:
-            export_program(small, program, example)
+        programs = []
+        if draft is not None:
+            export_program(small, draft, example)
+            programs = [TorchRunner(torch.export.load(draft).module(), name="the exported program")]
         say("verify: batches 1, 2, 3, 7 and the whole validation set")
         frozen_runner = TorchRunner(trained, name="the trained model")
         small_runner = TorchRunner(small, name="the compiled model")
         with frozen_runner, small_runner, OnnxRunner(model_path, name="the ONNX model") as onnx_runner:
             parity = verify(frozen_runner, small_runner, images, hop="compile", max_abs=config.max_abs)
             parity += verify(frozen_runner, onnx_runner, images, hop="onnx", max_abs=config.max_abs)
+            for runner in programs:
+                with runner:
+                    parity += verify(frozen_runner, runner, images, hop="program", max_abs=config.max_abs)
             agreement = agree(frozen_runner, onnx_runner, _as_arrays(val))
             _check_floor(agreement, config)
             logits = frozen_runner.infer(images)
@@ -119,15 +126,23 @@ def prune_export(
                 seeds=dict(seeds),
             ),
         )
-        if out.exists():
-            shutil.rmtree(out)
+        if out.exists():  # moved aside, not deleted: at every moment one whole bundle is there
+            out.rename(old)
         part.rename(out)
+        if draft is not None and program is not None:
+            draft.replace(program)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+        if out.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        if draft is not None:
+            draft.unlink(missing_ok=True)
     return Shipped(load_bundle(out), certificate, tuple(parity), agreement)
 
 
 def _make_room(out: Path, part: Path) -> None:
+    if out.is_file():
+        raise BundleError(f"{out}: is a file; a bundle is a folder, give another --out")
     if out.exists() and not (out / "manifest.json").exists() and any(out.iterdir()):
         raise BundleError(f"{out}: exists and is not a bundle, so it is not overwritten; give another --out")
     shutil.rmtree(part, ignore_errors=True)

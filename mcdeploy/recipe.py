@@ -18,7 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from mcdeploy.errors import RecipeError
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -35,17 +37,17 @@ class DataConfig(Section):
     root: str | None = None  # folder: holds train/<class>/* and val/<class>/*; timm: where its data set lies
     dataset: str | None = None  # timm: the name create_dataset takes, e.g. "torch/cifar10"
     image_size: Count = 32  # height and width in pixels
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of pixels scaled to 0..1
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[Finite, Finite, Finite] = (0.485, 0.456, 0.406)  # of pixels scaled to 0..1
+    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     crop_pct: Annotated[float, Field(gt=0, le=1)] = 1.0  # evaluation: resize to image_size / crop_pct, crop the centre
     crop: Literal["none", "pad4", "random-resized"] = "none"  # training
     hflip: Fraction = 0.0
-    color_jitter: Annotated[float, Field(ge=0)] = 0.0
+    color_jitter: NotNegative = 0.0
     auto_augment: str | None = None  # timm's policy string, e.g. "rand-m9-mstd0.5"
     random_erase: Fraction = 0.0
-    mixup: Annotated[float, Field(ge=0)] = 0.0  # alpha of timm's Mixup
-    cutmix: Annotated[float, Field(ge=0)] = 0.0
+    mixup: NotNegative = 0.0  # alpha of timm's Mixup
+    cutmix: NotNegative = 0.0
     images_per_epoch: Count | None = None  # draw only this many training images an epoch, anew each epoch
     in_memory: bool | None = None  # hold decoded images; None: when they fit in 2 GiB
     workers: Annotated[int, Field(ge=0)] = 0
@@ -97,7 +99,7 @@ class RandomConfig(Section):
 
     rule: Literal["random"]
     fan_in: Count
-    wiring_seed: int = 0
+    wiring_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     aggregate: Literal["mean", "sum"] = "mean"
     scope: Literal["stage", "network"] = "stage"
 
@@ -106,7 +108,7 @@ class DropConfig(Section):
     """A chain without the named blocks: block removal that was decided elsewhere, such as examples/rank_blocks.py."""
 
     rule: Literal["drop"]
-    blocks: Annotated[tuple[str, ...], Field(min_length=1)]  # such as "layer1.3"; not the first or last of a stage
+    blocks: Annotated[tuple[str, ...], Field(min_length=1)]  # such as "layer1.3"; not the last of a stage
 
 
 class MaskConnectConfig(Section):
@@ -146,10 +148,10 @@ class TrainConfig(Section):
     optimizer: Literal["sgd", "adamw", "lamb", "rmsprop"] = "sgd"  # timm's create_optimizer_v2
     lr: Positive = 0.1
     momentum: Fraction = 0.9
-    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    weight_decay: NotNegative = 5e-4
     schedule: Literal["cosine", "step", "constant"] = "cosine"  # timm's create_scheduler_v2, stepped every update
-    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
-    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    warmup_epochs: NotNegative = 0.0
+    min_lr: NotNegative = 0.0
     decay_epochs: Count = 30  # step schedule only
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     clip_grad: Positive | None = None  # norm
@@ -186,8 +188,8 @@ class ExportConfig(Section):
 class Recipe(Section):
     """The whole file. Only ``cli.py`` and this module know it."""
 
-    name: str
-    seed: int = 0
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # of the run, the bundle, and on the server
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     data: DataConfig = DataConfig()
     model: ModelConfig
     connectivity: ConnectivityConfig = ChainConfig()
@@ -208,6 +210,19 @@ class Recipe(Section):
         return self
 
 
+class _OneOfEachKey(yaml.SafeLoader):
+    """YAML lets a key come twice and the last one win; here that is an error."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, str) and key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} comes twice", key_node.start_mark)
+            seen.add(str(key))
+        return super().construct_mapping(node, deep)
+
+
 def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
     """Read a recipe and apply ``a.b=value`` overrides, whose values are YAML.
 
@@ -215,7 +230,7 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
         RecipeError: no such file, not YAML, or not a valid recipe; names the file, the key and what is near.
     """
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), _OneOfEachKey)
     except OSError as error:
         raise RecipeError(
             f"{path}: cannot read the recipe ({error.strerror}); 'mcdeploy recipes' lists what ships"
@@ -238,8 +253,11 @@ def parse_recipe(tree: dict[str, Any], where: str) -> Recipe:
         RecipeError: see ``load_recipe``.
     """
     try:
-        # JSON mode: lists become tuples, and everything else stays strict.
-        return Recipe.model_validate_json(json.dumps(tree, default=str))
+        text = json.dumps(tree, default=str)
+    except (ValueError, RecursionError):
+        raise RecipeError(f"{where}: an anchor of the YAML file refers to itself") from None
+    try:
+        return Recipe.model_validate_json(text)  # JSON mode: lists become tuples, and everything else stays strict
     except ValidationError as error:
         raise RecipeError(f"{where}: {_explain(error, tree)}") from None
 

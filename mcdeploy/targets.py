@@ -9,10 +9,11 @@ resnet20_cifar        a timm name: the backbone as timm builds it, with random w
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +32,7 @@ from torch import nn
 from mcdeploy.backends.onnx import export_onnx
 from mcdeploy.backends.pytorch import TorchRunner
 from mcdeploy.bench import BenchReport, compare_latency
-from mcdeploy.checkpoint import FILE_NAME
+from mcdeploy.checkpoint import FILE_NAME, load_checkpoint
 from mcdeploy.compile.prune import count_macs, count_parameters
 from mcdeploy.connectivity.stages import find_stages
 from mcdeploy.connectivity.topology import StageWiring, Topology, chain_reads, count_edges
@@ -55,6 +56,8 @@ class Target:
     image_size: int | None = None
     labels: tuple[str, ...] | None = None
     preprocessing: Preprocessing | None = None
+    has_weights: bool = True  # False: a backbone with random ones, good for timing only
+    has_data: bool = False  # knows the images it was trained on
 
 
 def kind_of(text: str) -> Literal["run", "bundle", "onnx", "pt2", "backbone"]:
@@ -98,12 +101,19 @@ def open_file(text: str) -> Target:
                 preprocessing=manifest.preprocessing,
             )
         case "onnx":
+            if (path.parent / "manifest.json").exists():  # the model inside a bundle
+                return replace(open_file(str(path.parent)), name=text)
             return Target(text, onnx=path, image_size=_square([axis.dim_value for axis in _input_axes(path)[2:]]))
         case "pt2":
             try:
                 program = torch.export.load(path)
                 shape = program.example_inputs[0][0].shape
-                return Target(text, module=program.module(), image_size=_square(shape[2:]))
+                target = Target(text, module=program.module(), image_size=_square(shape[2:]))
+                if (path.parent / FILE_NAME).exists():  # beside the run it was compiled from
+                    header = load_checkpoint(path.parent).header
+                    how = Preprocessing.model_validate_json(json.dumps(header["preprocessing"]))
+                    target = replace(target, labels=tuple(header["classes"]), preprocessing=how)
+                return target
             except Exception as error:  # torch.export's loader raises many kinds
                 raise InputError(f"{text}: not a complete ExportedProgram ({type(error).__name__})") from None
     raise InputError(f"{text}: expected a bundle folder, an .onnx or a .pt2 file")

@@ -46,21 +46,26 @@ from mcdeploy.connectivity.maskconnect import GateOptimizer, gate_values, weight
 from mcdeploy.connectivity.topology import Topology
 from mcdeploy.connectivity.wiring import candidates_of, fix, topology_of
 from mcdeploy.data import Loaders, build_mixup, set_epoch
-from mcdeploy.errors import BackendError, CheckpointError, TrainingError, WiringError
+from mcdeploy.errors import BackendError, CheckpointError, RecipeError, TrainingError, WiringError
 from mcdeploy.evaluate import Accuracy, evaluate
 from mcdeploy.recipe import DataConfig, MaskConnectConfig, TrainConfig
 
 FLUSH_EVERY = 10  # steps between looks at the losses; each look waits for the device
+MAY_CHANGE = {
+    "data.root", "data.workers", "data.in_memory", "train.epochs", "train.device", "train.eval_every",
+    "train.eval_batch_size",
+}  # fmt: skip  # between a run and its resumption
 DISTILL_TEMPERATURE = 4.0  # Hinton et al. 2015, https://arxiv.org/abs/1503.02531
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """The trained model, on the CPU, its wiring, and how well it does."""
+    """The trained model, on the CPU, its wiring, and how well it does. Every process has one; one of them is main."""
 
     model: nn.Module
     topology: Topology
     accuracy: Accuracy
+    is_main: bool
 
 
 def train(
@@ -94,6 +99,7 @@ def train(
     """
     accelerator = _accelerator(config)
     is_main = accelerator.is_main_process
+    _check_shares(config, accelerator.num_processes)
     speak = say if is_main else (lambda _: None)
     if teacher is not None:
         teacher = teacher.eval().to(accelerator.device)
@@ -118,7 +124,9 @@ def train(
     gates = GateOptimizer(model, gate_config.gate_lr, gate_config.gate_grad, seed) if gate_config else None
     first_epoch = 0
     if resume:
-        first_epoch, gates = _resume(out, model, ema, optimizer, gates)
+        first_epoch, gates = _resume(out, model, ema, optimizer, gates, (header or {}).get("recipe"))
+        if first_epoch > config.epochs:
+            raise CheckpointError(f"{out}: has {first_epoch} epochs already, the recipe asks for {config.epochs}")
         speak(f"resuming after epoch {first_epoch} of {config.epochs}")
     scheduler.step_update(first_epoch * steps_per_epoch)  # its only state is the number of updates
     optimizer = accelerator.prepare(optimizer)
@@ -144,6 +152,7 @@ def train(
             set_epoch(loaders.train, epoch)
             forward.train()
             pending: list[Tensor] = []
+            rates: list[float] = []
             started = time.perf_counter()
             bar = progress.add_task(f"epoch {epoch + 1}/{config.epochs}", total=steps_per_epoch)
             epoch_loss, accuracy = 0.0, None
@@ -161,9 +170,11 @@ def train(
                 if config.clip_grad:
                     accelerator.clip_grad_norm_(weights(model), config.clip_grad)
                 scale = accelerator.scaler.get_scale() if accelerator.scaler else 1.0
-                lr = optimizer.param_groups[0]["lr"]
+                rates.append(optimizer.param_groups[0]["lr"])
                 optimizer.step()
-                if gates and not accelerator.optimizer_step_was_skipped:
+                if gates and accelerator.optimizer_step_was_skipped:
+                    gates.zero_grad()
+                elif gates:
                     gates.step(grad_scale=scale)
                 optimizer.zero_grad()
                 scheduler.step_update(update + 1)
@@ -174,11 +185,11 @@ def train(
                 if len(pending) == FLUSH_EVERY or step == steps_per_epoch - 1:
                     losses = accelerator.reduce(torch.stack(pending), "mean").tolist()
                     first = step - len(losses) + 1
-                    _stop_if_not_finite(losses, epoch, first, lr, out)
+                    _stop_if_not_finite(losses, rates, epoch, first, out)
                     epoch_loss += sum(losses)
                     if log:
-                        log.steps(epoch, epoch * steps_per_epoch + first, losses, lr)
-                    pending = []
+                        log.steps(epoch, epoch * steps_per_epoch + first, losses, rates)
+                    pending, rates = [], []
             progress.remove_task(bar)
 
             evaluated = ema.module if ema else model
@@ -200,7 +211,7 @@ def train(
     accelerator.unwrap_model(forward, keep_fp32_wrapper=False)
     trained = (ema.module if ema else model).cpu().eval()
     accelerator.end_training()
-    return TrainResult(trained, topology_of(trained), accuracy)
+    return TrainResult(trained, topology_of(trained), accuracy, is_main)
 
 
 def _accelerator(config: TrainConfig) -> accelerate.Accelerator:
@@ -220,6 +231,14 @@ def _accelerator(config: TrainConfig) -> accelerate.Accelerator:
         # blocks that a fixed wiring leaves dead get no gradient
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
+
+
+def _check_shares(config: TrainConfig, num_processes: int) -> None:
+    for key in ("batch_size", "eval_batch_size"):
+        if getattr(config, key) % num_processes:
+            raise RecipeError(
+                f"train.{key}: {getattr(config, key)} cannot be shared equally by {num_processes} processes"
+            )
 
 
 def _prepare(
@@ -319,10 +338,17 @@ def _save(
 
 
 def _resume(
-    out: Path, model: nn.Module, ema: ModelEmaV3 | None, optimizer: torch.optim.Optimizer, gates: GateOptimizer | None
+    out: Path,
+    model: nn.Module,
+    ema: ModelEmaV3 | None,
+    optimizer: torch.optim.Optimizer,
+    gates: GateOptimizer | None,
+    recipe: Mapping[str, Any] | None,
 ) -> tuple[int, GateOptimizer | None]:
     checkpoint = load_checkpoint(out)
     header = checkpoint.header
+    if recipe is not None:
+        _check_same_recipe(out, header.get("recipe", {}), recipe)
     try:
         if header["frozen"] and gates:
             for learned in (model, ema.module) if ema else (model,):
@@ -339,6 +365,20 @@ def _resume(
     return header["epochs_done"], gates
 
 
+def _check_same_recipe(out: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Only what does not change the training may differ, and the number of epochs."""
+    for section in sorted({*before, *now} - {"export", "name"}):
+        old, new = before.get(section), now.get(section)
+        keys = sorted({*old, *new}) if isinstance(old, Mapping) and isinstance(new, Mapping) else [""]
+        for key in keys:
+            was, wanted = (old.get(key), new.get(key)) if key else (old, new)  # type: ignore[union-attr]
+            if was != wanted and f"{section}.{key}" not in MAY_CHANGE:
+                raise CheckpointError(
+                    f"{out}: was trained with {f'{section}.{key}'.rstrip('.')}: {was}, the recipe says {wanted}; "
+                    "resume with the same recipe, or start anew with another --out"
+                )
+
+
 def _reseed(seed: int, epoch: int, process: int) -> None:
     """What is random outside the loaders, such as dropout and mixup, starts anew each epoch."""
     value = (seed * 1_000_003 + epoch * 1_009 + process) % 2**32
@@ -347,8 +387,8 @@ def _reseed(seed: int, epoch: int, process: int) -> None:
     torch.manual_seed(value)
 
 
-def _stop_if_not_finite(losses: list[float], epoch: int, first_step: int, lr: float, out: Path) -> None:
-    for step, loss in enumerate(losses, start=first_step):
+def _stop_if_not_finite(losses: list[float], rates: list[float], epoch: int, first_step: int, out: Path) -> None:
+    for step, (loss, lr) in enumerate(zip(losses, rates, strict=True), start=first_step):
         if not math.isfinite(loss):
             good = out / FILE_NAME
             kept = f"the last good checkpoint is {good}" if good.exists() else "there is no checkpoint yet"
@@ -390,11 +430,11 @@ class _Log:
             warnings.simplefilter("ignore")  # tensorboard's own deprecations
             self.board = SummaryWriter(out / "tensorboard")
 
-    def steps(self, epoch: int, first: int, losses: list[float], lr: float) -> None:
-        for step, loss in enumerate(losses, start=first):
+    def steps(self, epoch: int, first: int, losses: list[float], rates: list[float]) -> None:
+        for step, (loss, lr) in enumerate(zip(losses, rates, strict=True), start=first):
             self.file.write(json.dumps({"kind": "step", "epoch": epoch, "step": step, "loss": loss, "lr": lr}) + "\n")
             self.board.add_scalar("train/loss", loss, step)
-        self.board.add_scalar("train/lr", lr, first)
+            self.board.add_scalar("train/lr", lr, step)
 
     def epoch(self, epoch: int, loss: float, accuracy: Accuracy | None, gates: dict[str, list[list[float]]]) -> None:
         row = {"kind": "epoch", "epoch": epoch, "loss": loss, "gates": gates}

@@ -283,6 +283,49 @@ def a_run_folder_that_is_taken(tmp_path, run):
     return "train", recipe_with(tmp_path), "--out", run
 
 
+@wrong(2, "has random weights")
+def accuracy_of_random_weights(tmp_path, run):
+    return "eval", "resnet_digits", "--data", "digits"
+
+
+@wrong(2, "does not know its images")
+def a_bundle_without_images(tmp_path, run):
+    return "eval", run / "bundle"
+
+
+@wrong(2, "nothing says how its images are prepared")
+def a_bare_file(tmp_path, run):
+    shutil.copy(run / "bundle" / "model.onnx", tmp_path / "m.onnx")
+    return "eval", tmp_path / "m.onnx", "--data", "digits"
+
+
+@wrong(2, "not a complete ONNX model")
+def a_truncated_onnx_file(tmp_path, run):
+    (tmp_path / "m.onnx").write_bytes((run / "bundle" / "model.onnx").read_bytes()[:-100])
+    return "bench", tmp_path / "m.onnx"
+
+
+@wrong(2, "there is no folder")
+def a_result_with_nowhere_to_go(tmp_path, run):
+    return "bench", run / "bundle", "--json", tmp_path / "nowhere" / "b.json"
+
+
+@wrong(2, "needs --baseline")
+def a_limit_without_a_baseline(tmp_path, run):
+    return "bench", run / "bundle", "--fail-if-slower", "5%"
+
+
+@wrong(2, "is a file")
+def an_output_that_is_a_file(tmp_path, run):
+    (tmp_path / "b").write_text("mine")
+    return "prune-export", run, "--out", tmp_path / "b"
+
+
+@wrong(2, "holds a run already")
+def a_demo_over_a_run(tmp_path, run):
+    return "demo", "--out", run
+
+
 @wrong(2, "expected a percentage")
 def a_limit_that_is_no_percentage(tmp_path, run):
     (tmp_path / "b.json").write_text("{}")
@@ -350,6 +393,23 @@ def test_an_export_that_fails_leaves_the_old_bundle_as_it_was(tmp_path, finished
     assert mcdeploy(capsys, "prune-export", run)[0] == 2
     assert load_bundle(run / "bundle").manifest.id == before
     assert not [name for name in os.listdir(run) if name.endswith(".part")]
+
+
+def test_a_promise_that_fails_leaves_the_old_program_and_bundle(tmp_path, finished, monkeypatch, capsys):
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    from mcdeploy.checkpoint import load_checkpoint
+
+    def stricter(path):
+        checkpoint = load_checkpoint(path)
+        checkpoint.header["recipe"]["export"]["max_abs"] = 1e-15
+        return checkpoint
+
+    monkeypatch.setattr("mcdeploy.checkpoint.load_checkpoint", stricter)
+    code, _, error = mcdeploy(capsys, "prune-export", run)
+    assert code == 1
+    assert "allowed 1.0e-15" in error
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
 def test_a_bench_slower_than_its_baseline_exits_with_1(tmp_path, finished, capsys):

@@ -13,6 +13,7 @@ from mcdeploy.compile.certify import check_close, check_equal, scramble
 from mcdeploy.compile.fold import find_foldable, fold_batch_norms
 from mcdeploy.compile.prune import count_macs, count_parameters, drop_dead_blocks, freeze, unwrap_chains
 from mcdeploy.connectivity.maskconnect import MaskEdges
+from mcdeploy.connectivity.topology import StageWiring, Topology, chain_reads
 from mcdeploy.connectivity.wiring import FixedEdges, WiredStage, fix, topology_of, wired_stages
 from mcdeploy.errors import ParityError
 
@@ -96,12 +97,57 @@ class UsedTwice(nn.Module):
         return self.bn(self.conv(self.bn(self.conv(x)))).mean((2, 3))
 
 
-@pytest.mark.parametrize("model", [TwoReaders(), UsedTwice(), nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3))])
+class TwoNames(nn.Module):
+    """One convolution under two names; the second is not used."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.again = self.conv
+
+    def forward(self, x):
+        return self.bn(self.conv(x)).mean((2, 3))
+
+
+WEIGHT_NORM = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4))
+NO_STATISTICS = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False))
+STAYS = [TwoReaders(), UsedTwice(), TwoNames(), WEIGHT_NORM, NO_STATISTICS, nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3))]
+
+
+@pytest.mark.parametrize("model", STAYS, ids=range(len(STAYS)))
 def test_a_norm_that_is_not_alone_behind_one_convolution_stays(model):
     assert find_foldable(model.eval(), images(2, 8)) == ()
 
 
-def test_compiling_twice_changes_nothing():
+@settings(max_examples=8, deadline=None)
+@given(topologies((4, 4, 4)))
+def test_compiling_twice_changes_nothing_whatever_the_wiring(topology):
+    model = wired_resnet("all")
+    fix(model, topology)
+    chains = copy.deepcopy(model)
+    drop_dead_blocks(chains)
+    unwrap_chains(chains)
+    if wired_stages(chains):
+        left = topology_of(chains)
+        assert [stage.name for stage in left.stages] == list(wired_stages(chains))
+        assert drop_dead_blocks(chains) == unwrap_chains(chains) == []
+    with torch.no_grad():
+        assert torch.equal(chains(images(2, 16)), model(images(2, 16)))
+
+
+def test_the_first_stage_a_chain_and_the_later_ones_not_can_be_compiled_twice():
+    model = wired_resnet("all")
+    current = topology_of(model)
+    first = StageWiring("layer1", current.stages[0].blocks, chain_reads(0, 4))
+    fix(model, Topology((first, *current.stages[1:])))
+    once = mcdeploy.compile_model(model, images(7, 16))
+    twice = mcdeploy.compile_model(once, images(7, 16))
+    assert list(wired_stages(once)) == list(wired_stages(twice)) == ["layer2", "layer3"]
+    with torch.no_grad():
+        assert torch.equal(once(images(2, 16)), twice(images(2, 16)))
+
+
+def test_compiling_twice_leaves_nothing_to_remove():
     small = mcdeploy.compile_model(wired_resnet(fan_in=1), images(7, 16))
     again, certificate = compile_with_certificate(small, images(7, 16))
     assert certificate.removed == {}
@@ -117,7 +163,8 @@ def test_the_certificate_says_what_went_and_that_both_checks_passed_on_scrambled
     assert dead
     assert certificate.removed["dead: no stage output depends on it"] == dead
     assert {(check.step, check.bn) for check in certificate.checks} == {
-        (step, bn) for step in ("prune", "fold") for bn in ("as trained", "scrambled")
+        ("freeze", "as trained"),
+        *((step, bn) for step in ("prune", "fold") for bn in ("as trained", "scrambled")),
     }
     assert certificate.parameters == (count_parameters(small_resnet()), count_parameters(small))
     assert certificate.macs[1] == count_macs(small, images(1, 16)) < certificate.macs[0]

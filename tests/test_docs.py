@@ -39,6 +39,11 @@ def test_the_commands_of_the_readme_run_in_their_order(tmp_path):
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
 
 
+def test_no_page_waits_for_a_figure():
+    for page in pages():
+        assert not re.search(r"^[A-Z_]{8,}$", page.read_text(), re.MULTILINE), page
+
+
 def pages():
     return sorted(path for path in [*ROOT.glob("*.md"), *ROOT.glob("export/*.md"), *ROOT.glob("recipes/**/*.md")])
 

@@ -2,14 +2,14 @@ import copy
 
 import pytest
 import torch
-from tiny_models import images, small_resnet, train_a_step, wired_resnet
+from tiny_models import images, small_resnet, timm_model, train_a_step, wired_resnet
 from torch import nn
 
 import mcdeploy
 from mcdeploy.connectivity.maskconnect import GateOptimizer, MaskEdges
 from mcdeploy.connectivity.stages import Source
 from mcdeploy.connectivity.topology import Node
-from mcdeploy.connectivity.wiring import topology_of, wired_stages
+from mcdeploy.connectivity.wiring import FixedEdges, topology_of, wired_stages
 from mcdeploy.errors import WiringError
 
 
@@ -172,3 +172,47 @@ def test_network_scope_trains_and_freezes():
     train_a_step(model, images(4, 16))
     reads = topology_of(model).edges()
     assert all(1 <= len(sources) <= 2 for sources in reads.values())
+
+
+def test_gradients_of_a_step_that_was_skipped_are_forgotten():
+    model = wired_resnet(fan_in=1).train()
+    gates = mcdeploy.gate_optimizer(model, lr=0.001)
+    edges = wired_stages(model)["layer1"].edges
+    before = edges.gates_GN.detach().clone()
+    (model(images(2, 16)).sum() * float("inf")).backward()
+    gates.zero_grad()
+    model(images(2, 16)).square().mean().backward()
+    gates.step()
+    assert torch.allclose(edges.gates_GN, before, atol=0.01)
+
+
+def test_more_sources_than_there_are_is_nothing_to_learn():
+    with pytest.raises(WiringError, match="leaves nothing to learn, no block has more than 4 candidates"):
+        mcdeploy.wire(small_resnet(), "maskconnect", image_size=16, fan_in=4)
+
+
+def test_a_stage_without_a_choice_has_no_gates_under_network_scope():
+    model = mcdeploy.wire(timm_model("mobilenetv2_050"), "maskconnect", image_size=64, fan_in=2, scope="network")
+    assert isinstance(wired_stages(model)["blocks.1"].edges, FixedEdges)
+    train_a_step(model, images(2, 64))
+
+
+def test_a_forward_pass_that_was_cut_short_leaves_nothing_behind():
+    model = wired_resnet(fan_in=2, scope="network")
+    with torch.no_grad():
+        expected = copy.deepcopy(model).eval()(images(2, 16))
+    model.layer1(torch.randn(2, 8, 16, 16))
+    assert wired_stages(model)["layer1"].tape.features
+    copied = copy.deepcopy(model).eval()
+    assert copied.layer1.tape is copied.layer3.tape is not model.layer1.tape
+    with torch.no_grad():
+        assert torch.equal(copied(images(2, 16)), expected)
+
+
+def test_wiring_twice_and_checkpointed_models_are_refused():
+    with pytest.raises(WiringError, match="wired already"):
+        mcdeploy.wire(wired_resnet(fan_in=2), "all", image_size=16)
+    vit = timm_model("test_vit")
+    vit.set_grad_checkpointing(True)
+    with pytest.raises(WiringError, match="gradient checkpointing"):
+        mcdeploy.wire(vit, "all")

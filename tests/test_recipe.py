@@ -42,6 +42,14 @@ def test_every_recipe_that_ships_loads_and_opens_with_its_command(path):
         (MINIMAL.replace("resnet20_cifar", "resnet20_cifar, pretrained: true, weights: x"), "exclude each other"),
         ("- a list\n", "a recipe is a mapping"),
         ("a: [1\n", "is not YAML"),
+        (MINIMAL + "seed: 1\nseed: 2\n", "line 5 is not YAML: the key 'seed' comes twice"),
+        ("a: &x {b: *x}\n", "refers to itself"),
+        (MINIMAL.replace("name: x", "name: my net"), "name: string should match pattern"),
+        (MINIMAL.replace("name: x", "name: ../../x"), "name: string should match pattern"),
+        (MINIMAL + "seed: 99999999999999999999\n", "seed: "),
+        (MINIMAL + "data: {std: [0.0, 0.5, 0.5]}\n", "data.std.0: input should be greater than 0"),
+        (MINIMAL + "data: {mean: [.nan, 0.5, 0.5]}\n", "data.mean.0: input should be a finite number"),
+        (MINIMAL.replace("epochs: 2", "epochs: 2, lr: .inf"), "train.lr: input should be a finite number"),
     ],
 )
 def test_a_wrong_recipe_names_the_file_the_key_and_what_is_near(tmp_path, text, message):

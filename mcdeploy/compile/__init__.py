@@ -12,7 +12,7 @@ import copy
 
 from torch import Tensor, nn
 
-from mcdeploy.compile.certify import Certificate, Check, check_close, check_equal, double_copy
+from mcdeploy.compile.certify import RTOL_FLOAT32, Certificate, Check, check_close, check_equal, double_copy
 from mcdeploy.compile.fold import Pairs, find_foldable, fold_batch_norms
 from mcdeploy.compile.prune import count_macs, count_parameters, drop_dead_blocks, freeze, unwrap_chains
 from mcdeploy.connectivity.wiring import topology_of, wired_stages
@@ -47,11 +47,16 @@ def compile_with_certificate(model: nn.Module, example: Tensor) -> tuple[nn.Modu
     topology = topology_of(frozen).to_json() if wired_stages(frozen) else {"aggregate": "mean", "stages": []}
     small = copy.deepcopy(frozen)
     removed = _prune(small)
-    checks = [check_equal(frozen, small, example, "prune", "as trained")]
+    given = copy.deepcopy(model).eval()
+    checks = [
+        check_equal(given, frozen, example, "freeze", "as trained"),
+        check_equal(frozen, small, example, "prune", "as trained"),
+    ]
     pairs = find_foldable(small, example)
     for scrambled in (False, True):
         checks += _check_on_copies(frozen, pairs, example.double().cpu(), scrambled)
     removed["batch norm folded into the convolution before it"] = fold_batch_norms(small, pairs)
+    checks.append(check_close(frozen, small, example, "fold", "as trained", RTOL_FLOAT32))
     certificate = Certificate(
         removed={reason: names for reason, names in removed.items() if names},
         parameters=(count_parameters(frozen), count_parameters(small)),

@@ -15,6 +15,7 @@ from collections import Counter
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.parametrize import is_parametrized
 
 Pairs = tuple[tuple[str, str], ...]  # module paths of a convolution and of the BN behind it
 
@@ -22,8 +23,8 @@ Pairs = tuple[tuple[str, str], ...]  # module paths of a convolution and of the 
 def find_foldable(model: nn.Module, example: Tensor) -> Pairs:
     """(convolution, BN) where the BN's only input is a convolution that nothing else reads.
 
-    A BN stays when its convolution has other readers, when either module is used more than once, or when the
-    convolution does more than convolve.
+    A BN stays when its convolution has other readers, when either module is used more than once or has two names, when
+    the BN keeps no running statistics, or when the convolution does more than convolve.
 
     Args:
         model: in evaluation mode.
@@ -34,6 +35,7 @@ def find_foldable(model: nn.Module, example: Tensor) -> Pairs:
         exported = torch.export.export(model, (example,), strict=False)
     owner = {**exported.graph_signature.inputs_to_parameters, **exported.graph_signature.inputs_to_buffers}
     nodes = [node for node in exported.graph.nodes if node.op == "call_function"]
+    names = Counter(module for _, module in model.named_modules(remove_duplicate=False))
     uses = Counter(_module_of(node, owner) for node in nodes)
     pairs = []
     for node in nodes:
@@ -45,7 +47,7 @@ def find_foldable(model: nn.Module, example: Tensor) -> Pairs:
         conv_name, bn_name = _module_of(before, owner), _module_of(node, owner)
         if conv_name and bn_name and uses[conv_name] == uses[bn_name] == 1:
             conv, bn = model.get_submodule(conv_name), model.get_submodule(bn_name)
-            if _is_plain(conv) and isinstance(bn, nn.BatchNorm2d):
+            if names[conv] == names[bn] == 1 and _is_plain(conv) and _has_statistics(bn):
                 pairs.append((conv_name, bn_name))
     return tuple(pairs)
 
@@ -76,7 +78,11 @@ def _what_follows(bn: nn.BatchNorm2d) -> nn.Module:
 
 def _is_plain(conv: nn.Module) -> bool:
     """Some timm convolutions standardise their weight or pad in ``forward``; only the usual ones are folded."""
-    return isinstance(conv, nn.Conv2d) and type(conv).forward is nn.Conv2d.forward
+    return isinstance(conv, nn.Conv2d) and type(conv).forward is nn.Conv2d.forward and not is_parametrized(conv)
+
+
+def _has_statistics(bn: nn.Module) -> bool:
+    return isinstance(bn, nn.BatchNorm2d) and bn.running_mean is not None
 
 
 def _module_of(node: torch.fx.Node, owner: dict[str, str]) -> str | None:

@@ -40,11 +40,7 @@ def drop_dead_blocks(model: nn.Module) -> list[str]:
     pruned, moved = topology.without_dead_blocks()
     for (name, stage), wiring in zip(stages.items(), pruned.stages, strict=True):
         live = [i for i in range(1, len(stage) + 1) if Node(stage.index, i) in moved]
-        if len(live) == len(stage):
-            sources = stage.sources
-        else:
-            sources = tuple(stage.sources[i - 1] for i in live)
-        renumbered = tuple(tuple(s._replace(node=moved[s.node]) for s in row) for row in sources)
+        renumbered = tuple(tuple(s._replace(node=moved[s.node]) for s in stage.sources[i - 1]) for i in live)
         small = WiredStage(
             stage.index,
             {block: stage.get_submodule(block) for block in wiring.blocks},
@@ -75,16 +71,19 @@ def unwrap_chains(model: nn.Module) -> list[str]:
         stage = stages[topology.stages[s].name]
         blocks = OrderedDict((name, stage.get_submodule(name)) for name in stage.block_names)
         model.set_submodule(topology.stages[s].name, nn.Sequential(blocks).train(stage.training))
-    if not lenders:
-        return [topology.stages[s].name for s in plain]
-    _mark_last(model)
+    _renumber(model)
     return [topology.stages[s].name for s in plain]
 
 
-def _mark_last(model: nn.Module) -> None:
-    """After stages were unwrapped, the last one that is left empties the tape."""
+def _renumber(model: nn.Module) -> None:
+    """Stages are numbered by their order; after some were unwrapped, the others move up. The last empties the tape."""
     left = list(wired_stages(model).values())
+    number = {stage.index: new for new, stage in enumerate(left)}
     for stage in left:
+        stage.sources = tuple(
+            tuple(s._replace(node=s.node._replace(stage=number[s.node.stage])) for s in row) for row in stage.sources
+        )
+        stage.index = number[stage.index]
         stage.is_last = stage is left[-1]
 
 

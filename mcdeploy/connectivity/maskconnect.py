@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mcdeploy.connectivity.stages import Stage
-from mcdeploy.connectivity.wiring import Sources, Wired
+from mcdeploy.connectivity.wiring import FixedEdges, Sources, Wired
 from mcdeploy.errors import WiringError
 from mcdeploy.recipe import MaskConnectConfig
 
@@ -109,8 +109,23 @@ class MaskEdges(nn.Module):
 
 
 def maskconnect(stages: tuple[Stage, ...], candidates: tuple[Sources, ...], config: MaskConnectConfig) -> Wired:
-    """The rule: every block may read all its candidates; one set of gates a stage."""
-    edges: list[nn.Module] = [MaskEdges(rows, config.fan_in, config.aggregate, config.gate_init) for rows in candidates]
+    """The rule: every block may read all its candidates; one set of gates a stage.
+
+    Raises:
+        WiringError: no block has more than K candidates.
+    """
+    most = max(len(row) for rows in candidates for row in rows)
+    if most <= config.fan_in:
+        raise WiringError(
+            f"connectivity.fan_in: {config.fan_in} leaves nothing to learn, no block has more than {most} candidates; "
+            "lower it, or take rule: all"
+        )
+    edges: list[nn.Module] = [
+        MaskEdges(rows, config.fan_in, config.aggregate, config.gate_init)
+        if any(len(row) > 1 for row in rows)
+        else FixedEdges([1] * len(rows), config.aggregate)
+        for rows in candidates
+    ]
     return candidates, edges
 
 
@@ -161,13 +176,18 @@ class GateOptimizer:
                 )
             if edges.gates_GN._version != self._versions[name]:
                 raise WiringError(
-                    f"something else changed the gates of {name}; "
-                    "give your weight optimizer mcdeploy.weights(model) instead of model.parameters()"
+                    f"something else changed the gates of {name}: give your weight optimizer mcdeploy.weights(model) "
+                    "instead of model.parameters(), and call resume() after loading a state dict"
                 )
             edges.descend(self.lr / grad_scale if self.grad == "raw" else self.lr, self.grad)
             edges.gates_GN.grad = None
         self.num_steps += 1
         self._draw()
+
+    def zero_grad(self) -> None:
+        """Forget the gates' gradients, as after a step that the loss scaler skipped."""
+        for edges in self.edges.values():
+            edges.gates_GN.grad = None
 
     def _draw(self) -> None:
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.num_steps) % 2**63)

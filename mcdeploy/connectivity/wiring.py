@@ -60,6 +60,11 @@ class Tape:
     def __init__(self) -> None:
         self.features: dict[Node, Tensor] = {}
 
+    def __deepcopy__(self, memo: dict[int, object]) -> Tape:
+        """A copied model shares a tape of its own, without the feature maps of a forward pass that was cut short."""
+        memo[id(self)] = fresh = Tape()
+        return fresh
+
 
 class WiredStage(nn.Module):
     """A run of blocks, each fed by ``edges`` from earlier nodes.
@@ -97,6 +102,8 @@ class WiredStage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: the stage's input, [B, C, H, W] or whatever the host's blocks hand on; returns the last block's output."""
         features = {} if self.tape is None else self.tape.features
+        if self.index == 0:
+            features.clear()  # what a forward pass that was cut short has left
         features[Node(self.index, 0)] = x
         for i, name in enumerate(self.block_names, start=1):
             if i in self.skip:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mcruntime.engine import Runner
 
-WORKERS = 1  # one inference at a time with all cores is faster than two with half of them (facts/serving.md, 4.2)
+WORKERS = 1  # one inference at a time with all cores is faster than two with half of them
 
 
 class Overloaded(Exception):
