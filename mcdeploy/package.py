@@ -76,7 +76,7 @@ def prune_export(
     example = torch.from_numpy(images[:2])
     out = out.resolve()
     part, old = out.with_name(f".{out.name}.part"), out.with_name(f".{out.name}.old")
-    draft = None if program is None else program.with_name(f".{program.name}.part")
+    draft = None if program is None else program.with_name(f".{program.stem}.part.pt2")
     _make_room(out, part)
     try:
         say("compile: freeze, prune, fold, certify")
