@@ -367,7 +367,6 @@ def _open_backbone(
     import timm
     from mcruntime.preprocess import Preprocessing
 
-    import mcdeploy.backbones  # noqa: F401
     from mcdeploy.model import build_backbone
     from mcdeploy.recipe import DataConfig, ModelConfig
     from mcdeploy.targets import Target

@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.progress import Progress, track
 from torch import nn
 
+import mcdeploy.backbones  # noqa: F401  registers our nets with timm
 from mcdeploy.backends.onnx import export_onnx
 from mcdeploy.backends.pytorch import TorchRunner
 from mcdeploy.bench import BenchReport, compare_latency
