@@ -199,7 +199,7 @@ def inspect(
 ) -> None:
     """Stages, wiring, parameters and MACs; draws the wiring."""
     with _extra("mcdeploy inspect", "train"):
-        from mcdeploy.report import draw_wiring
+        from mcdeploy.draw import draw_wiring
         from mcdeploy.targets import describe_model
     opened, config = _open_target(target, None, None, image_size)
     topology = describe_model(opened, image_size or config.image_size)

@@ -336,19 +336,19 @@ def test_mixup_gives_soft_labels_and_is_absent_unless_asked_for(folder):
 # ----------------------------------------------------------------------------------------- what is said when it cannot
 
 
-def refused(message: str):
+def check_refused(message: str):
     return pytest.raises(DataError, match=re.escape(message))
 
 
 def test_a_missing_root_is_named(tmp_path):
-    with refused(f"there is no folder {tmp_path / 'nowhere'}"):
+    with check_refused(f"there is no folder {tmp_path / 'nowhere'}"):
         load(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_a_missing_split_is_named(folder, split):
     (folder / split).rename(folder / "other")
-    with refused(f"{folder}: has no folder '{split}'"):
+    with check_refused(f"{folder}: has no folder '{split}'"):
         load(folder)
 
 
@@ -356,27 +356,27 @@ def test_a_missing_split_is_named(folder, split):
 def test_an_empty_class_is_named(folder, split):
     for file in (folder / split / "bee").iterdir():
         file.unlink()
-    with refused(f"{folder / split / 'bee'}: class 'bee' has no images in {split}/"):
+    with check_refused(f"{folder / split / 'bee'}: class 'bee' has no images in {split}/"):
         load(folder)
 
 
 @pytest.mark.parametrize(("has", "lacks"), [("train", "val"), ("val", "train")])
 def test_a_class_in_one_split_only_is_named(folder, has, lacks):
     (folder / lacks / "cat").rename(folder / "cat")
-    with refused(f"class 'cat' is in {has}/ but not in {lacks}/"):
+    with check_refused(f"class 'cat' is in {has}/ but not in {lacks}/"):
         load(folder)
 
 
 def test_one_class_is_too_few(tmp_path):
     for split in ("train", "val"):
         (tmp_path / split / "ant").mkdir(parents=True)
-    with refused("a classifier needs at least 2"):
+    with check_refused("a classifier needs at least 2"):
         load(tmp_path)
 
 
 def test_an_image_outside_any_class_is_named(folder):
     picture(1).save(folder / "train" / "stray.png")
-    with refused(f"{folder / 'train' / 'stray.png'}: lies outside any class"):
+    with check_refused(f"{folder / 'train' / 'stray.png'}: lies outside any class"):
         load(folder)
 
 
@@ -389,7 +389,7 @@ def read_everything(loaders):
 def test_a_truncated_image_is_named(folder, split, in_memory):
     file = folder / split / "bee" / "1.png"
     file.write_bytes(file.read_bytes()[:-60])
-    with refused(f"{file}: the image is damaged or cut short"):
+    with check_refused(f"{file}: the image is damaged or cut short"):
         read_everything(load(folder, batch_size=18, in_memory=in_memory))
 
 
@@ -399,14 +399,14 @@ def test_a_damaged_image_is_named(folder, in_memory):
     content = bytearray(file.read_bytes())
     content[60:80] = bytes(20)
     file.write_bytes(content)
-    with refused(f"{file}: the image is damaged or cut short"):
+    with check_refused(f"{file}: the image is damaged or cut short"):
         read_everything(load(folder, batch_size=18, in_memory=in_memory))
 
 
 def test_of_several_broken_images_the_first_is_named(folder):
     for name in ("2.png", "4.png"):
         (folder / "train" / "bee" / name).write_bytes(b"")
-    with refused(f"{folder / 'train' / 'bee' / '2.png'}: not an image"):
+    with check_refused(f"{folder / 'train' / 'bee' / '2.png'}: not an image"):
         load(folder)
 
 
@@ -414,21 +414,21 @@ def test_of_several_broken_images_the_first_is_named(folder):
 def test_a_file_that_is_no_image_is_named(folder, in_memory):
     file = folder / "val" / "cat" / "notes.txt"
     file.write_text("not an image")
-    with refused(f"{file}: not an image that Pillow can read"):
+    with check_refused(f"{file}: not an image that Pillow can read"):
         read_everything(load(folder, in_memory=in_memory))
 
 
 def test_an_image_too_long_to_resize_is_named(folder):
     file = folder / "val" / "cat" / "thin.png"
     Image.new("RGB", (60_000, 1)).save(file)
-    with refused(f"{file}: the image is too long and thin"):
+    with check_refused(f"{file}: the image is too long and thin"):
         load(folder, image_size=64)
 
 
 def test_a_dangling_link_is_named(folder):
     file = folder / "val" / "cat" / "gone.png"
     file.symlink_to(folder / "nowhere.png")
-    with refused(f"{file}: cannot open the image (No such file or directory)"):
+    with check_refused(f"{file}: cannot open the image (No such file or directory)"):
         load(folder)
 
 
@@ -437,7 +437,7 @@ def test_an_image_without_permission_is_named(folder, monkeypatch):
         raise PermissionError(13, "Permission denied", file)
 
     monkeypatch.setattr(Image, "open", refuse)
-    with refused(f"{folder / 'train' / 'ant' / '0.png'}: cannot open the image (Permission denied)"):
+    with check_refused(f"{folder / 'train' / 'ant' / '0.png'}: cannot open the image (Permission denied)"):
         load(folder)
 
 
@@ -446,7 +446,7 @@ def test_a_folder_without_permission_is_named(folder, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "iterdir", refuse)
-    with refused(f"{folder / 'train'}: cannot list the folder (Permission denied)"):
+    with check_refused(f"{folder / 'train'}: cannot list the folder (Permission denied)"):
         load(folder)
 
 
@@ -459,28 +459,28 @@ def test_a_worker_says_it_in_the_same_sentence(folder):
     except DataError as error:
         sentence = str(error)
         travelled = ExceptionWrapper(where="in DataLoader worker process 0")
-    with refused(str(file)) as caught:
+    with check_refused(str(file)) as caught:
         travelled.reraise()
     assert str(caught.value) == sentence
 
 
 def test_more_images_per_epoch_than_there_are_is_refused(folder):
-    with refused("data.images_per_epoch: 19 is more than the 18 training images"):
+    with check_refused("data.images_per_epoch: 19 is more than the 18 training images"):
         load(folder, images_per_epoch=19)
 
 
 def test_mixup_of_an_odd_batch_is_refused(folder):
-    with refused("a batch of 5 is odd"):
+    with check_refused("a batch of 5 is odd"):
         load(folder, batch_size=5, mixup=0.2)
 
 
 def test_a_policy_that_timm_does_not_know_is_refused(folder):
-    with refused("data.auto_augment: timm does not understand 'nonsense'"):
+    with check_refused("data.auto_augment: timm does not understand 'nonsense'"):
         load(folder, auto_augment="nonsense")
 
 
 def test_color_jitter_that_timm_would_drop_is_refused(folder):
-    with refused("data.color_jitter: has no effect beside data.auto_augment"):
+    with check_refused("data.color_jitter: has no effect beside data.auto_augment"):
         load(folder, auto_augment="rand-m9", color_jitter=0.4)
 
 
@@ -510,25 +510,25 @@ def test_a_broken_image_in_a_timm_data_set_is_an_error_not_its_neighbour(folder,
 
 
 def test_a_timm_data_set_that_is_not_there_is_one_sentence(tmp_path):
-    with refused(f"data.dataset: timm cannot open torch/cifar10 in {tmp_path} (Dataset not found or corrupted"):
+    with check_refused(f"data.dataset: timm cannot open torch/cifar10 in {tmp_path} (Dataset not found or corrupted"):
         timms(tmp_path, "torch/cifar10")
-    with refused("timm cannot open torch/nonsense"):
+    with check_refused("timm cannot open torch/nonsense"):
         timms(tmp_path, "torch/nonsense")
-    with refused("timm cannot open folder in"):
+    with check_refused("timm cannot open folder in"):
         timms(tmp_path / "nowhere", "folder")
 
 
 def test_a_timm_data_set_needs_a_root():
-    with refused("data.root: torch/cifar10 needs the folder that holds it"):
+    with check_refused("data.root: torch/cifar10 needs the folder that holds it"):
         timms(None, "torch/cifar10")
 
 
 @pytest.mark.parametrize("dataset", ["hfds/cifar10", "tfds/cifar10", "wds/x", "hfids/y"])
 def test_timm_data_sets_of_the_network_are_refused(tmp_path, dataset):
-    with refused(f"data.dataset: {dataset} may come from the network"):
+    with check_refused(f"data.dataset: {dataset} may come from the network"):
         timms(tmp_path, dataset)
 
 
 def test_a_timm_folder_without_a_validation_split_is_refused(folder):
-    with refused("has no split of its own to validate on"):
+    with check_refused("has no split of its own to validate on"):
         timms(folder / "train", "")

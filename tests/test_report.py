@@ -15,7 +15,8 @@ import pytest
 from mcdeploy import connectivity
 from mcdeploy.bench import METHOD, BenchReport, Interval, Latency, Measured
 from mcdeploy.connectivity.topology import Node, StageWiring, Topology, chain_reads
-from mcdeploy.report import HeadlineRow, ReportData, draw_wiring, headline_rows, render_report, write_report
+from mcdeploy.draw import draw_wiring
+from mcdeploy.report import HeadlineRow, ReportData, headline_rows, render_report, write_report
 
 NASTY = "<script>alert('1')</script>&\"x\""
 VOID = {"meta", "link", "br", "img", "hr", "input"}

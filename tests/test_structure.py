@@ -12,7 +12,7 @@ LINE = [
     "errors", "recipe", "data", "checkpoint", "backbones", "connectivity.topology", "connectivity.stages",
     "connectivity.wiring", "connectivity.fixed", "connectivity.maskconnect", "connectivity.rules", "connectivity",
     "model", "evaluate", "train", "compile.prune", "compile.fold", "compile.certify", "compile", "backends.onnx",
-    "backends.pytorch", "backends", "verify", "bench", "package", "report", "targets", "demo", "cli",
+    "backends.pytorch", "backends", "verify", "bench", "package", "draw", "report", "targets", "demo", "cli",
 ]  # fmt: skip
 
 
