@@ -23,7 +23,7 @@ class HandWritten(nn.Module):
         self.a, self.b, self.c = source.layer1[0], source.layer1[1], source.layer1[3]
         self.second = nn.Sequential(source.layer2[0], source.layer2[3])
         self.third = nn.ModuleList(source.layer3)
-        self.linear = source.linear
+        self.pool, self.linear = source.global_pool, source.linear
 
     def forward(self, x):
         x = self.stem(x)
@@ -34,7 +34,7 @@ class HandWritten(nn.Module):
         y2 = self.third[1](y1)
         y3 = self.third[2]((y1 + y2) / 2)
         y4 = self.third[3]((y1 + y2 + y3) / 3)
-        return self.linear(y4.mean((2, 3)))
+        return self.linear(self.pool(y4))
 
 
 def hand_topology(model):
