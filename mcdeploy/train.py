@@ -44,7 +44,7 @@ from mcdeploy.checkpoint import (
 )
 from mcdeploy.connectivity.maskconnect import GateOptimizer, gate_values, weights
 from mcdeploy.connectivity.topology import Topology
-from mcdeploy.connectivity.wiring import candidates_of, fix, topology_of
+from mcdeploy.connectivity.wiring import candidates_of, fix, topology_of, wired_stages
 from mcdeploy.data import Loaders, build_mixup, set_epoch
 from mcdeploy.errors import BackendError, CheckpointError, RecipeError, TrainingError, WiringError
 from mcdeploy.evaluate import Accuracy, evaluate
@@ -228,8 +228,7 @@ def _accelerator(config: TrainConfig) -> accelerate.Accelerator:
         mixed_precision="no" if config.precision == "fp32" else config.precision,
         # every process takes its slice of one global batch, so the batches do not depend on how many there are
         dataloader_config=DataLoaderConfiguration(split_batches=True),
-        # blocks that a fixed wiring leaves dead get no gradient
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        kwargs_handlers=[DistributedDataParallelKwargs()],
     )
 
 
@@ -245,6 +244,8 @@ def _prepare(
     accelerator: accelerate.Accelerator, model: nn.Module, config: TrainConfig
 ) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
     """The model under accelerate, and what a training step calls: the same, compiled when the recipe says so."""
+    has_dead_blocks = any(stage.skip for stage in wired_stages(model).values())
+    accelerator.ddp_handler.find_unused_parameters = has_dead_blocks  # they get no gradient
     prepared = accelerator.prepare_model(model)
     return prepared, torch.compile(prepared) if config.compile else prepared
 
