@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mcdeploy.backends.onnx import export_onnx, export_program
     from mcdeploy.compile import compile_model, compile_with_certificate
-    from mcdeploy.connectivity.maskconnect import GateOptimizer as gate_optimizer
-    from mcdeploy.connectivity.maskconnect import gate_values, weights
+    from mcdeploy.connectivity.gates import GateOptimizer as gate_optimizer
+    from mcdeploy.connectivity.gates import weights
     from mcdeploy.connectivity.topology import Topology
-    from mcdeploy.connectivity.wiring import topology_of
+    from mcdeploy.connectivity.wiring import gate_values, topology_of
     from mcdeploy.errors import McdeployError
     from mcdeploy.model import wire
 
@@ -31,10 +31,10 @@ _HOME = {
     "compile_with_certificate": ("mcdeploy.compile", "compile_with_certificate"),
     "export_onnx": ("mcdeploy.backends.onnx", "export_onnx"),
     "export_program": ("mcdeploy.backends.onnx", "export_program"),
-    "gate_optimizer": ("mcdeploy.connectivity.maskconnect", "GateOptimizer"),
-    "gate_values": ("mcdeploy.connectivity.maskconnect", "gate_values"),
+    "gate_optimizer": ("mcdeploy.connectivity.gates", "GateOptimizer"),
+    "gate_values": ("mcdeploy.connectivity.wiring", "gate_values"),
     "topology_of": ("mcdeploy.connectivity.wiring", "topology_of"),
-    "weights": ("mcdeploy.connectivity.maskconnect", "weights"),
+    "weights": ("mcdeploy.connectivity.gates", "weights"),
     "wire": ("mcdeploy.model", "wire"),
 }
 

@@ -242,9 +242,11 @@ def _train(recipe: Recipe, run: Path, resume: bool) -> tuple[TrainResult, Loader
         from mcdeploy.data import build_loaders
         from mcdeploy.model import build_backbone, build_model
         from mcdeploy.train import train as run_training
-    from mcdeploy.recipe import MaskConnectConfig
+
+    from mcdeploy.section import GatedConfig
 
     torch.manual_seed(recipe.seed)
+    rule = recipe.connectivity
     loaders = build_loaders(recipe.data, recipe.train.batch_size, recipe.train.eval_batch_size, recipe.seed)
     size, num_classes = recipe.data.image_size, len(loaders.classes)
     model = build_model(recipe.model, recipe.connectivity, num_classes, size)
@@ -256,7 +258,7 @@ def _train(recipe: Recipe, run: Path, resume: bool) -> tuple[TrainResult, Loader
         recipe.data,
         seed=recipe.seed,
         out=run,
-        gate_config=recipe.connectivity if isinstance(recipe.connectivity, MaskConnectConfig) else None,
+        gate_config=rule if isinstance(rule, GatedConfig) and rule.has_joint_phase() else None,
         teacher=teacher,
         header={
             "recipe": recipe.model_dump(mode="json"),

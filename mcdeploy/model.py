@@ -14,11 +14,10 @@ from torch import nn
 import mcdeploy.backbones  # noqa: F401  registers our nets with timm
 from mcdeploy.checkpoint import Checkpoint
 from mcdeploy.connectivity.rules import RULES
-from mcdeploy.connectivity.stages import candidate_sources, find_stages
 from mcdeploy.connectivity.topology import Topology
-from mcdeploy.connectivity.wiring import install, restore, wired_stages
+from mcdeploy.connectivity.wiring import fix, wired_stages
 from mcdeploy.errors import CheckpointError, RecipeError, WiringError
-from mcdeploy.recipe import ChainConfig, ConnectivityConfig, ModelConfig, parse_connectivity
+from mcdeploy.recipe import ConnectivityConfig, ModelConfig, parse_connectivity
 
 
 def build_backbone(config: ModelConfig, num_classes: int, image_size: int) -> nn.Module:
@@ -34,7 +33,7 @@ def build_backbone(config: ModelConfig, num_classes: int, image_size: int) -> nn
         raise RecipeError(
             f"model.backbone: timm has no model {name!r}" + (f"; near: {', '.join(near)}" if near else "")
         )
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = dict(config.options)
     if config.drop_path is not None:
         options["drop_path_rate"] = config.drop_path
     if timm.get_pretrained_cfg_value(name, "fixed_input_size"):
@@ -93,21 +92,9 @@ def wire_model(model: nn.Module, config: ConnectivityConfig, image_size: int, to
         raise WiringError(f"{type(model).__name__} is wired already; wire a fresh backbone")
     if getattr(model, "grad_checkpointing", False):
         raise WiringError("gradient checkpointing calls the blocks past their wiring; switch it off before wiring")
-    stages = find_stages(model, _example(model, image_size))
-    scope = getattr(config, "scope", "stage")
-    if topology is not None:
-        restore(model, stages, topology, scope)
-        return
-    if scope == "stage" and not isinstance(config, ChainConfig):
-        stages = tuple(stage for stage in stages if stage.num_choices())
-    candidates = candidate_sources(stages, scope)
-    if not stages or (not isinstance(config, ChainConfig) and all(len(row) < 2 for rows in candidates for row in rows)):
-        raise WiringError(
-            f"{type(model).__name__}: no block can read more than the one before it, so there is nothing to wire; "
-            "pick a deeper backbone or scope: network"
-        )
-    sources, edges = RULES[config.rule](stages, candidates, config)
-    install(model, stages, sources, edges)
+    RULES[config.rule].install(model, _example(model, image_size), config)
+    if topology is not None and not any(stage.is_dynamic for stage in wired_stages(model).values()):
+        fix(model, topology)
 
 
 def build_model(
@@ -127,7 +114,7 @@ def wire(model: nn.Module, rule: str, *, image_size: int | None = None, **option
     """Wire a timm model you made yourself, in place, and return it.
 
     Args:
-        rule: ``chain``, ``all``, ``random``, ``drop`` or ``maskconnect``.
+        rule: a name in ``connectivity.rules.RULES``, such as ``maskconnect``.
         image_size: height and width of the images it will see, in pixels; default: the model's own.
         options: the rule's options, named as in a recipe, such as ``fan_in=3``.
 

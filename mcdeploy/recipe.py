@@ -8,26 +8,19 @@ frozen model; the function that does the work takes its section and never the wh
 from __future__ import annotations
 
 import difflib
+import functools
 import json
+import operator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from mcdeploy.connectivity.fixed import ChainConfig
+from mcdeploy.connectivity.rules import RULES
 from mcdeploy.errors import RecipeError
-
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-
-
-class Section(BaseModel):
-    """What all sections share: no unknown keys, no silent conversions, no changes after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+from mcdeploy.section import Count, Finite, Fraction, NotNegative, Positive, RuleConfig, Section
 
 
 class DataConfig(Section):
@@ -72,6 +65,7 @@ class ModelConfig(Section):
     pretrained: bool = False  # timm's own weights, downloaded by timm
     weights: str | None = None  # a .safetensors file with the backbone's keys
     drop_path: Fraction | None = None  # stochastic depth, for backbones that take drop_path_rate
+    options: dict[str, bool | int | float | str | tuple[int, ...] | None] = {}  # more keywords of the backbone
 
     @model_validator(mode="after")
     def _one_source_of_weights(self) -> ModelConfig:
@@ -80,61 +74,12 @@ class ModelConfig(Section):
         return self
 
 
-class ChainConfig(Section):
-    """Every block reads the one before it: the backbone as it is."""
-
-    rule: Literal["chain"] = "chain"
-
-
-class AllConfig(Section):
-    """Every block reads every earlier block of the same shape."""
-
-    rule: Literal["all"]
-    aggregate: Literal["mean", "sum"] = "mean"
-    scope: Literal["stage", "network"] = "stage"
-
-
-class RandomConfig(Section):
-    """Every block reads K earlier blocks, drawn once."""
-
-    rule: Literal["random"]
-    fan_in: Count
-    wiring_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    aggregate: Literal["mean", "sum"] = "mean"
-    scope: Literal["stage", "network"] = "stage"
-
-
-class DropConfig(Section):
-    """A chain without the named blocks: block removal that was decided elsewhere, such as examples/rank_blocks.py."""
-
-    rule: Literal["drop"]
-    blocks: Annotated[tuple[str, ...], Field(min_length=1)]  # such as "layer1.3"; not the last of a stage
-
-
-class MaskConnectConfig(Section):
-    """Every block learns which K earlier blocks to read (MaskConnect, ECCV 2018)."""
-
-    rule: Literal["maskconnect"]
-    fan_in: Count
-    aggregate: Literal["mean", "sum"] = "mean"
-    scope: Literal["stage", "network"] = "stage"
-    gate_lr: Positive = 0.02
-    gate_grad: Literal["raw", "normalised"] = "normalised"
-    gate_init: Literal["uniform", "chain"] = (
-        "uniform"  # chain: half of the mass on the block before; for trained weights
-    )
-
-
-ConnectivityConfig = Annotated[
-    ChainConfig | AllConfig | RandomConfig | DropConfig | MaskConnectConfig, Field(discriminator="rule")
-]
-RULE_CONFIGS: dict[str, type[Section]] = {
-    "chain": ChainConfig,
-    "all": AllConfig,
-    "random": RandomConfig,
-    "drop": DropConfig,
-    "maskconnect": MaskConnectConfig,
-}
+if TYPE_CHECKING:
+    ConnectivityConfig = RuleConfig
+else:  # one of the rules' options, told apart by the key ``rule``
+    ConnectivityConfig = Annotated[
+        functools.reduce(operator.or_, [rule.config for rule in RULES.values()]), Field(discriminator="rule")
+    ]
 
 
 class TrainConfig(Section):
@@ -149,10 +94,11 @@ class TrainConfig(Section):
     lr: Positive = 0.1
     momentum: Fraction = 0.9
     weight_decay: NotNegative = 5e-4
-    schedule: Literal["cosine", "step", "constant"] = "cosine"  # timm's create_scheduler_v2, stepped every update
+    schedule: Literal["cosine", "step", "multistep", "constant"] = "cosine"  # timm's, stepped every update
     warmup_epochs: NotNegative = 0.0
     min_lr: NotNegative = 0.0
-    decay_epochs: Count = 30  # step schedule only
+    decay_epochs: Count = 30  # step schedule: a tenth every so many epochs
+    decay_at: tuple[Count, ...] = ()  # multistep schedule: a tenth at each of these epochs
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     clip_grad: Positive | None = None  # norm
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -171,6 +117,8 @@ class TrainConfig(Section):
             raise ValueError(
                 f"joint_epochs ({self.joint_epochs}) must leave epochs to fine-tune (epochs: {self.epochs})"
             )
+        if (self.schedule == "multistep") != bool(self.decay_at):
+            raise ValueError("schedule: multistep and decay_at, the epochs at which the rate falls, go together")
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs ({self.warmup_epochs}) must be less than epochs ({self.epochs})")
         return self
@@ -198,9 +146,11 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _phases_fit_the_rule(self) -> Recipe:
-        learned = isinstance(self.connectivity, MaskConnectConfig)
+        learned = self.connectivity.has_joint_phase()
         if learned and self.train.joint_epochs == 0:
-            raise ValueError("connectivity.rule: maskconnect needs train.joint_epochs of at least 1 to learn in")
+            raise ValueError(
+                f"connectivity.rule: {self.connectivity.rule} needs train.joint_epochs of at least 1 to learn in"
+            )
         if not learned and self.train.joint_epochs:
             raise ValueError(
                 f"train.joint_epochs is for learned wiring; rule: {self.connectivity.rule} has nothing to learn"
@@ -298,7 +248,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 def _explain(error: ValidationError, tree: Any) -> str:
     """The first problem of a pydantic error as one sentence with key, found value, and the nearest valid key."""
     problem = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")  # a typo explains the rest
-    path = [str(part) for i, part in enumerate(problem["loc"]) if not (i == 1 and part in RULE_CONFIGS)]
+    path = [str(part) for i, part in enumerate(problem["loc"]) if not (i == 1 and part in RULES)]
     key = ".".join(path)
     match problem["type"]:
         case "extra_forbidden":
@@ -328,7 +278,7 @@ def _keys_of(section: list[str], loc: tuple[int | str, ...]) -> set[str]:
     if not section:
         return set(Recipe.model_fields)
     if section[0] == "connectivity":
-        return set(RULE_CONFIGS[str(loc[1])].model_fields)
+        return set(RULES[str(loc[1])].config.model_fields)
     sections: dict[str, type[Section]] = {
         "data": DataConfig, "model": ModelConfig, "train": TrainConfig, "export": ExportConfig,
     }  # fmt: skip

@@ -42,13 +42,14 @@ from mcdeploy.checkpoint import (
     unpack_optimizer,
     write_atomically,
 )
-from mcdeploy.connectivity.maskconnect import GateOptimizer, gate_values, weights
+from mcdeploy.connectivity.gates import GateOptimizer, weights
 from mcdeploy.connectivity.topology import Topology
-from mcdeploy.connectivity.wiring import candidates_of, fix, topology_of, wired_stages
+from mcdeploy.connectivity.wiring import candidates_of, fix, gate_values, topology_of, wired_stages
 from mcdeploy.data import Loaders, build_mixup, set_epoch
 from mcdeploy.errors import BackendError, CheckpointError, RecipeError, TrainingError, WiringError
 from mcdeploy.evaluate import Accuracy, evaluate
-from mcdeploy.recipe import DataConfig, MaskConnectConfig, TrainConfig
+from mcdeploy.recipe import DataConfig, TrainConfig
+from mcdeploy.section import GatedConfig
 
 FLUSH_EVERY = 10  # steps between looks at the losses; each look waits for the device
 MAY_CHANGE = {
@@ -76,7 +77,7 @@ def train(
     *,
     seed: int,
     out: Path,
-    gate_config: MaskConnectConfig | None = None,
+    gate_config: GatedConfig | None = None,
     teacher: nn.Module | None = None,
     header: Mapping[str, Any] | None = None,
     resume: bool = False,
@@ -150,6 +151,7 @@ def train(
 
             _reseed(seed, epoch, accelerator.process_index)
             set_epoch(loaders.train, epoch)
+            _call(model, "start_epoch", epoch, config.epochs)
             forward.train()
             pending: list[Tensor] = []
             rates: list[float] = []
@@ -166,6 +168,8 @@ def train(
                 loss = loss_of(logits, labels)
                 if teacher is not None:
                     loss = (1 - config.distill) * loss + config.distill * _distillation(logits, teacher, images)
+                for penalty in _call(model, "penalty"):
+                    loss = loss + penalty
                 accelerator.backward(loss)
                 if config.clip_grad:
                     accelerator.clip_grad_norm_(weights(model), config.clip_grad)
@@ -178,6 +182,7 @@ def train(
                     gates.step(grad_scale=scale)
                 optimizer.zero_grad()
                 scheduler.step_update(update + 1)
+                _call(model, "after_step")
                 if ema:
                     ema.update(model, step=update)
                 pending.append(loss.detach())
@@ -197,7 +202,8 @@ def train(
             if last or (epoch + 1) % config.eval_every == 0:
                 accuracy = _evaluate(accelerator, evaluated, val_loader)
             if log:
-                log.epoch(epoch, epoch_loss / steps_per_epoch, accuracy, gate_values(model))
+                statistics = dict(zip(_owners(model, "statistics"), _call(model, "statistics"), strict=True))
+                log.epoch(epoch, epoch_loss / steps_per_epoch, accuracy, gate_values(model), statistics)
                 _save(out, {**kept, "epochs_done": epoch + 1}, model, ema, optimizer.optimizer, gates, accuracy)
             seconds = time.perf_counter() - started
             shown = f", top-1 {accuracy.top1:.2%}" if accuracy else ""
@@ -264,6 +270,7 @@ def _scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, steps_per_
         sched="step" if config.schedule == "constant" else config.schedule,
         num_epochs=config.epochs,
         decay_epochs=config.decay_epochs,
+        decay_milestones=list(config.decay_at),
         decay_rate=1.0 if config.schedule == "constant" else 0.1,
         min_lr=config.min_lr,
         warmup_epochs=config.warmup_epochs,
@@ -278,6 +285,15 @@ def _loss(config: TrainConfig, soft_targets: bool) -> Callable[[Tensor, Tensor],
     if soft_targets:
         return SoftTargetCrossEntropy()
     return LabelSmoothingCrossEntropy(config.label_smoothing) if config.label_smoothing else nn.CrossEntropyLoss()
+
+
+def _owners(model: nn.Module, hook: str) -> list[str]:
+    """Module paths of what takes part in the loop: ``start_epoch``, ``penalty``, ``after_step``, ``statistics``."""
+    return [name for name, module in model.named_modules() if callable(getattr(module, hook, None))]
+
+
+def _call(model: nn.Module, hook: str, *args: Any) -> list[Any]:
+    return [getattr(model.get_submodule(name), hook)(*args) for name in _owners(model, hook)]
 
 
 def _distillation(logits: Tensor, teacher: nn.Module, images: Tensor) -> Tensor:
@@ -437,8 +453,21 @@ class _Log:
             self.board.add_scalar("train/loss", loss, step)
             self.board.add_scalar("train/lr", lr, step)
 
-    def epoch(self, epoch: int, loss: float, accuracy: Accuracy | None, gates: dict[str, list[list[float]]]) -> None:
+    def epoch(
+        self,
+        epoch: int,
+        loss: float,
+        accuracy: Accuracy | None,
+        gates: dict[str, list[list[float]]],
+        statistics: dict[str, dict[str, Any]],
+    ) -> None:
         row = {"kind": "epoch", "epoch": epoch, "loss": loss, "gates": gates}
+        if statistics:
+            row["statistics"] = statistics
+        for stage, numbers in statistics.items():
+            for what, number in numbers.items():
+                if isinstance(number, float | int):
+                    self.board.add_scalar(f"{stage}/{what}", number, epoch)
         if accuracy:
             row |= {"top1": accuracy.top1, "val_loss": accuracy.loss}
             self.board.add_scalar("val/top1", accuracy.top1, epoch)

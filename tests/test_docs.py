@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from mcdeploy import recipe
+from mcdeploy.connectivity.rules import RULES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -73,7 +74,7 @@ def test_every_key_of_a_recipe_is_in_the_table_of_recipes():
     table = (ROOT / "recipes" / "README.md").read_text()
     sections = {
         "data": [recipe.DataConfig], "model": [recipe.ModelConfig], "train": [recipe.TrainConfig],
-        "export": [recipe.ExportConfig], "connectivity": list(recipe.RULE_CONFIGS.values()),
+        "export": [recipe.ExportConfig], "connectivity": [rule.config for rule in RULES.values()],
     }  # fmt: skip
     missing = [
         f"{section}.{key}"

@@ -6,7 +6,8 @@ from tiny_models import images, small_resnet, timm_model, train_a_step, wired_re
 from torch import nn
 
 import mcdeploy
-from mcdeploy.connectivity.maskconnect import GateOptimizer, MaskEdges
+from mcdeploy.connectivity.gates import GateOptimizer
+from mcdeploy.connectivity.maskconnect import MaskEdges
 from mcdeploy.connectivity.stages import Source
 from mcdeploy.connectivity.topology import Node
 from mcdeploy.connectivity.wiring import FixedEdges, topology_of, wired_stages

@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 
 from mcdeploy.errors import RecipeError
-from mcdeploy.recipe import MaskConnectConfig, load_recipe, parse_connectivity
+from mcdeploy.connectivity.maskconnect import MaskConnectConfig
+from mcdeploy.recipe import load_recipe, parse_connectivity
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 MINIMAL = "name: x\nmodel: {backbone: resnet20_cifar}\ntrain: {epochs: 2}\n"

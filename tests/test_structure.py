@@ -9,8 +9,9 @@ import mcdeploy
 
 ROOT = Path(__file__).parents[1]
 LINE = [
-    "errors", "recipe", "data", "checkpoint", "backbones", "connectivity.topology", "connectivity.stages",
-    "connectivity.wiring", "connectivity.fixed", "connectivity.maskconnect", "connectivity.rules", "connectivity",
+    "errors", "section", "connectivity.topology", "connectivity.stages", "connectivity.gates", "connectivity.wiring",
+    "backbones", "connectivity.fixed", "connectivity.sparse", "connectivity.maskconnect", "connectivity.gateconnect",
+    "connectivity.ddw", "connectivity.nnmass", "connectivity.rules", "connectivity", "recipe", "data", "checkpoint",
     "model", "evaluate", "train", "compile.prune", "compile.fold", "compile.certify", "compile", "backends.onnx",
     "backends.pytorch", "backends", "verify", "bench", "package", "draw", "report", "targets", "demo", "cli",
 ]  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mcdeploy.connectivity.topology import Node
-from mcdeploy.connectivity.wiring import FixedEdges, WiredStage, fix, topology_of, wired_stages
+from mcdeploy.connectivity.wiring import WiredStage, fix, topology_of, wired_stages
 
 
 def freeze(model: nn.Module) -> list[str]:
@@ -20,7 +20,8 @@ def freeze(model: nn.Module) -> list[str]:
     Returns:
         The stages that had gates.
     """
-    learned = [name for name, stage in wired_stages(model).items() if not isinstance(stage.edges, FixedEdges)]
+    stages = wired_stages(model)
+    learned = [name for name, stage in stages.items() if not stage.is_dynamic and stage.gate_values() is not None]
     if learned:
         fix(model, topology_of(model))
     return learned
@@ -37,19 +38,10 @@ def drop_dead_blocks(model: nn.Module) -> list[str]:
         return []
     topology = topology_of(model)
     dead = topology.dead_blocks()
-    pruned, moved = topology.without_dead_blocks()
-    for (name, stage), wiring in zip(stages.items(), pruned.stages, strict=True):
-        live = [i for i in range(1, len(stage) + 1) if Node(stage.index, i) in moved]
-        renumbered = tuple(tuple(s._replace(node=moved[s.node]) for s in stage.sources[i - 1]) for i in live)
-        small = WiredStage(
-            stage.index,
-            {block: stage.get_submodule(block) for block in wiring.blocks},
-            renumbered,
-            FixedEdges([len(row) for row in renumbered], topology.aggregate),
-            tape=stage.tape,
-            is_last=stage.is_last,
-        )
-        model.set_submodule(name, small.train(stage.training))
+    _, moved = topology.without_dead_blocks()
+    for s, (name, stage) in enumerate(stages.items()):
+        kept = tuple(i for i in range(1, len(topology.stages[s].blocks) + 1) if Node(s, i) in moved)
+        model.set_submodule(name, stage.pruned(kept, moved).train(stage.training))
     return [topology.describe(node) for node in dead]
 
 
@@ -66,9 +58,14 @@ def unwrap_chains(model: nn.Module) -> list[str]:
     lenders = {
         source.stage for node, sources in topology.edges().items() for source in sources if source.stage != node.stage
     }
-    plain = [s for s in range(len(topology.stages)) if topology.is_chain(s) and s not in lenders]
+    plain = [
+        s
+        for s, stage in enumerate(stages.values())
+        if isinstance(stage, WiredStage) and topology.is_chain(s) and s not in lenders
+    ]
     for s in plain:
         stage = stages[topology.stages[s].name]
+        assert isinstance(stage, WiredStage)
         blocks = OrderedDict((name, stage.get_submodule(name)) for name in stage.block_names)
         model.set_submodule(topology.stages[s].name, nn.Sequential(blocks).train(stage.training))
     _renumber(model)
@@ -80,10 +77,12 @@ def _renumber(model: nn.Module) -> None:
     left = list(wired_stages(model).values())
     number = {stage.index: new for new, stage in enumerate(left)}
     for stage in left:
+        stage.index = number[stage.index]
+        if not isinstance(stage, WiredStage):
+            continue
         stage.sources = tuple(
             tuple(s._replace(node=s.node._replace(stage=number[s.node.stage])) for s in row) for row in stage.sources
         )
-        stage.index = number[stage.index]
         stage.is_last = stage is left[-1]
 
 

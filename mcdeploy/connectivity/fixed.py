@@ -6,12 +6,45 @@ A rule takes the stages and what every block may read, and returns what it does 
 from __future__ import annotations
 
 import random as stdlib_random
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from mcdeploy.connectivity.stages import Stage
 from mcdeploy.connectivity.wiring import FixedEdges, Sources, Wired
 from mcdeploy.errors import WiringError
-from mcdeploy.recipe import AllConfig, ChainConfig, DropConfig, RandomConfig
+from mcdeploy.section import Count, RuleConfig
+
+
+class ChainConfig(RuleConfig):
+    """Every block reads the one before it: the backbone as it is."""
+
+    rule: Literal["chain"] = "chain"
+
+
+class AllConfig(RuleConfig):
+    """Every block reads every earlier block of the same shape."""
+
+    rule: Literal["all"]
+    aggregate: Literal["mean", "sum"] = "mean"
+    scope: Literal["stage", "network"] = "stage"
+
+
+class RandomConfig(RuleConfig):
+    """Every block reads K earlier blocks, drawn once."""
+
+    rule: Literal["random"]
+    fan_in: Count
+    wiring_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    aggregate: Literal["mean", "sum"] = "mean"
+    scope: Literal["stage", "network"] = "stage"
+
+
+class DropConfig(RuleConfig):
+    """A chain without the named blocks: block removal that was decided elsewhere, such as examples/rank_blocks.py."""
+
+    rule: Literal["drop"]
+    blocks: Annotated[tuple[str, ...], Field(min_length=1)]  # such as "layer1.3"; not the last of a stage
 
 
 def chain(stages: tuple[Stage, ...], candidates: tuple[Sources, ...], config: ChainConfig) -> Wired:

@@ -10,13 +10,15 @@ its state-dict keys stay what they were. What a block receives is the business o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, Protocol
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mcdeploy.connectivity.stages import Source, Stage, candidate_sources
+from mcdeploy.connectivity.gates import Gates
+from mcdeploy.connectivity.stages import Source, Stage
 from mcdeploy.connectivity.topology import Node, StageWiring, Topology
 from mcdeploy.errors import WiringError
 
@@ -66,7 +68,47 @@ class Tape:
         return fresh
 
 
-class WiredStage(nn.Module):
+class WiredModule(nn.Module):
+    """A container that runs by a topology: ``WiredStage``, or one of a rule's own.
+
+    Attributes:
+        index: position of this container in the topology.
+        aggregate: how a node joins several sources.
+        is_dynamic: whether the wiring depends on the image, so that there is nothing to fix.
+        skip: nodes that are dead and therefore not run.
+    """
+
+    index: int
+    aggregate: Literal["mean", "sum"]
+    is_dynamic: bool = False
+    skip: frozenset[int] = frozenset()
+
+    @abstractmethod
+    def wiring(self, name: str) -> StageWiring:
+        """What each node reads outside training."""
+
+    @abstractmethod
+    def candidates(self, name: str) -> StageWiring:
+        """Everything that each node may read."""
+
+    @abstractmethod
+    def fix(self, wiring: StageWiring, aggregate: Literal["mean", "sum"], live: frozenset[int]) -> None:
+        """Run ``wiring`` for good: gates go, nodes that are not in ``live`` stay in the model but are not run.
+
+        Raises:
+            WiringError: a node cannot read what the wiring says.
+        """
+
+    @abstractmethod
+    def pruned(self, kept: tuple[int, ...], moved: Mapping[Node, Node]) -> nn.Module:
+        """The same function without the nodes that are not in ``kept``; ``moved``: old to new place of live nodes."""
+
+    def gate_values(self) -> list[list[float]] | None:
+        """Learned gates for logs and plots, one list a node and one number in 0..1 a candidate; None without gates."""
+        return None
+
+
+class WiredStage(WiredModule):
     """A run of blocks, each fed by ``edges`` from earlier nodes.
 
     Args:
@@ -124,14 +166,45 @@ class WiredStage(nn.Module):
     def __getitem__(self, index: int) -> nn.Module:
         return self.get_submodule(self.block_names[index])
 
+    @property
+    def aggregate(self) -> Literal["mean", "sum"]:  # type: ignore[override]
+        return self.edges.aggregate  # type: ignore[return-value]
+
     def wiring(self, name: str) -> StageWiring:
-        """What each block reads outside training."""
         edges: Edges = self.edges  # type: ignore[assignment]
         reads = tuple(
             tuple(sources[position].node for position in positions)
             for sources, positions in zip(self.sources, edges.active(), strict=True)
         )
         return StageWiring(name, self.block_names, reads)
+
+    def candidates(self, name: str) -> StageWiring:
+        return StageWiring(name, self.block_names, tuple(tuple(source.node for source in row) for row in self.sources))
+
+    def fix(self, wiring: StageWiring, aggregate: Literal["mean", "sum"], live: frozenset[int]) -> None:
+        offered = [{source.node: source for source in row} for row in self.sources]
+        try:
+            self.sources = tuple(
+                tuple(by_node[node] for node in reads) for by_node, reads in zip(offered, wiring.reads, strict=True)
+            )
+        except KeyError as error:
+            raise WiringError(f"{wiring.name}: a block cannot read node {error}; its shape does not fit") from None
+        self.edges = FixedEdges([len(reads) for reads in wiring.reads], aggregate).train(self.training)
+        self.skip = frozenset(range(1, len(self) + 1)) - live
+
+    def pruned(self, kept: tuple[int, ...], moved: Mapping[Node, Node]) -> nn.Module:
+        sources = tuple(tuple(s._replace(node=moved[s.node]) for s in self.sources[i - 1]) for i in kept)
+        return WiredStage(
+            self.index,
+            {self.block_names[i - 1]: self[i - 1] for i in kept},
+            sources,
+            FixedEdges([len(row) for row in sources], self.aggregate),
+            tape=self.tape,
+            is_last=self.is_last,
+        )
+
+    def gate_values(self) -> list[list[float]] | None:
+        return self.edges.values() if isinstance(self.edges, Gates) else None
 
 
 def fetch(feature: Tensor, source: Source) -> Tensor:
@@ -143,9 +216,9 @@ def fetch(feature: Tensor, source: Source) -> Tensor:
     return feature
 
 
-def wired_stages(model: nn.Module) -> dict[str, WiredStage]:
-    """The wired stages of a model by module path, in the order of execution."""
-    found = {name: module for name, module in model.named_modules() if isinstance(module, WiredStage)}
+def wired_stages(model: nn.Module) -> dict[str, WiredModule]:
+    """The wired containers of a model by module path, in the order of execution."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, WiredModule)}
     return dict(sorted(found.items(), key=lambda item: item[1].index))
 
 
@@ -158,20 +231,20 @@ def topology_of(model: nn.Module) -> Topology:
     stages = wired_stages(model)
     if not stages:
         raise WiringError(f"{type(model).__name__} is not wired; call mcdeploy.wire first")
-    aggregate = next(iter(stages.values())).edges.aggregate
-    return Topology(tuple(stage.wiring(name) for name, stage in stages.items()), aggregate)  # type: ignore[arg-type]
+    aggregate = next(iter(stages.values())).aggregate
+    return Topology(tuple(stage.wiring(name) for name, stage in stages.items()), aggregate)
 
 
 def candidates_of(model: nn.Module) -> Topology:
     """Everything that every block of a wired model may read, as a topology."""
     aggregate = topology_of(model).aggregate
-    return Topology(
-        tuple(
-            StageWiring(name, stage.block_names, tuple(tuple(source.node for source in row) for row in stage.sources))
-            for name, stage in wired_stages(model).items()
-        ),
-        aggregate,
-    )
+    return Topology(tuple(stage.candidates(name) for name, stage in wired_stages(model).items()), aggregate)
+
+
+def gate_values(model: nn.Module) -> dict[str, list[list[float]]]:
+    """The gates of every stage for logs and plots: one list a block, one number in 0..1 a source."""
+    found = {name: stage.gate_values() for name, stage in wired_stages(model).items()}
+    return {name: values for name, values in found.items() if values is not None}
 
 
 def install(
@@ -200,31 +273,8 @@ def fix(model: nn.Module, topology: Topology) -> None:
     if list(stages) != [stage.name for stage in topology.stages]:
         raise WiringError(f"the topology wires {[s.name for s in topology.stages]}, the model has {list(stages)}")
     live = topology.live()
-    for (name, stage), wiring in zip(stages.items(), topology.stages, strict=True):
-        if stage.block_names != wiring.blocks:
-            raise WiringError(f"{name}: the topology has blocks {wiring.blocks}, the model {stage.block_names}")
-        offered = [{source.node: source for source in row} for row in stage.sources]
-        try:
-            stage.sources = tuple(
-                tuple(by_node[node] for node in reads) for by_node, reads in zip(offered, wiring.reads, strict=True)
-            )
-        except KeyError as error:
-            raise WiringError(f"{name}: a block cannot read node {error}; its shape does not fit") from None
-        stage.edges = FixedEdges([len(reads) for reads in wiring.reads], topology.aggregate).train(stage.training)
-        stage.skip = frozenset(i for i in range(1, len(stage) + 1) if Node(stage.index, i) not in live)
-
-
-def restore(model: nn.Module, stages: tuple[Stage, ...], topology: Topology, scope: str) -> None:
-    """Wire a fresh backbone with a known topology, as when a checkpoint is loaded.
-
-    Raises:
-        WiringError: the topology does not belong to this model.
-    """
-    by_name = {stage.name: stage for stage in stages}
-    missing = [stage.name for stage in topology.stages if stage.name not in by_name]
-    if missing:
-        raise WiringError(f"the topology wires {missing}, which {type(model).__name__} does not have")
-    chosen = tuple(by_name[stage.name] for stage in topology.stages)
-    sources = candidate_sources(chosen, scope)
-    install(model, chosen, sources, [FixedEdges([len(row) for row in rows], topology.aggregate) for rows in sources])
-    fix(model, topology)
+    for s, ((name, stage), wiring) in enumerate(zip(stages.items(), topology.stages, strict=True)):
+        blocks = stage.candidates(name).blocks
+        if blocks != wiring.blocks:
+            raise WiringError(f"{name}: the topology has blocks {wiring.blocks}, the model {blocks}")
+        stage.fix(wiring, topology.aggregate, frozenset(node.index for node in live if node.stage == s))
