@@ -126,8 +126,8 @@ def test_unknown_rules_and_models_with_nothing_to_choose_are_refused():
     blocks = nn.Sequential(BasicBlock(3, 8, 2), BasicBlock(8, 8, 1))  # the second has only the first to read
     with pytest.raises(WiringError, match="nothing to wire"):
         mcdeploy.wire(nn.Sequential(nn.Conv2d(3, 3, 1), blocks), "all", image_size=16)
-    with pytest.raises(WiringError, match="is not wired"):
-        topology_of(nn.Linear(1, 1))
+    plain = mcdeploy.wire(timm_model("densenet121"), "chain", image_size=64)  # "as it is" needs nothing to wire
+    assert topology_of(plain) == Topology(())
 
 
 def test_dropped_blocks_are_stepped_over_and_die():

@@ -1,5 +1,5 @@
 """Backbones that timm does not have. Importing this package registers them with ``timm.create_model``."""
 
-from mcdeploy.backbones import cifar_resnet
+from mcdeploy.backbones import cifar_resnet, multibranch, nnmass_cells, sparsenet
 
-__all__ = ["cifar_resnet"]
+__all__ = ["cifar_resnet", "multibranch", "nnmass_cells", "sparsenet"]

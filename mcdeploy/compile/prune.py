@@ -5,8 +5,6 @@ Exact: what is removed is not run by the frozen model, so the output is bit-iden
 
 from __future__ import annotations
 
-from collections import OrderedDict
-
 import torch
 from torch import nn
 
@@ -46,7 +44,7 @@ def drop_dead_blocks(model: nn.Module) -> list[str]:
 
 
 def unwrap_chains(model: nn.Module) -> list[str]:
-    """Turn every stage that reads like a chain back into ``nn.Sequential``, unless another stage reads its blocks.
+    """Turn every stage that reads like a chain back into a plain container, unless another stage reads its blocks.
 
     Returns:
         Module paths of the stages unwrapped, empty when nothing changed.
@@ -66,8 +64,7 @@ def unwrap_chains(model: nn.Module) -> list[str]:
     for s in plain:
         stage = stages[topology.stages[s].name]
         assert isinstance(stage, WiredStage)
-        blocks = OrderedDict((name, stage.get_submodule(name)) for name in stage.block_names)
-        model.set_submodule(topology.stages[s].name, nn.Sequential(blocks).train(stage.training))
+        model.set_submodule(topology.stages[s].name, stage.unwrapped().train(stage.training))
     _renumber(model)
     return [topology.stages[s].name for s in plain]
 

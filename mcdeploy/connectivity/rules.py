@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from mcdeploy.connectivity import fixed, maskconnect
+from mcdeploy.connectivity import ddw, fixed, gateconnect, maskconnect, sparse
 from mcdeploy.connectivity.stages import Stage, candidate_sources, find_stages
 from mcdeploy.connectivity.wiring import Sources, Wired, install
 from mcdeploy.errors import WiringError
@@ -32,16 +32,17 @@ def by_stages(fill: Fill, *, needs_choices: bool = True) -> Install:
 
     Args:
         fill: takes the stages, their candidates and the rule's options; returns sources and edges, one a stage.
-        needs_choices: refuse a model in which no block can read more than the one before it.
+        needs_choices: refuse a model in which no block can read more than the one before it; else such a model, also
+            one without any stage such as a DenseNet, stays as it is.
     """
 
     def install_rule(model: nn.Module, example: Tensor, config: Any) -> None:
-        stages = find_stages(model, example)
+        stages = find_stages(model, example, may_have_none=not needs_choices)
         scope = getattr(config, "scope", "stage")
         if scope == "stage" and needs_choices:
             stages = tuple(stage for stage in stages if stage.num_choices())
         candidates = candidate_sources(stages, scope)
-        if not stages or (needs_choices and all(len(row) < 2 for rows in candidates for row in rows)):
+        if needs_choices and all(len(row) < 2 for rows in candidates for row in rows):
             raise WiringError(
                 f"{type(model).__name__}: no block can read more than the one before it, so there is nothing to wire; "
                 "pick a deeper backbone or scope: network"
@@ -56,6 +57,9 @@ RULES: dict[str, Rule] = {
     "chain": Rule(fixed.ChainConfig, by_stages(fixed.chain, needs_choices=False)),
     "all": Rule(fixed.AllConfig, by_stages(fixed.all_sources)),
     "random": Rule(fixed.RandomConfig, by_stages(fixed.random)),
+    "sparse": Rule(sparse.SparseConfig, by_stages(sparse.sparse)),
     "drop": Rule(fixed.DropConfig, by_stages(fixed.drop)),
     "maskconnect": Rule(maskconnect.MaskConnectConfig, by_stages(maskconnect.maskconnect)),
+    "gateconnect": Rule(gateconnect.GateConnectConfig, gateconnect.install),
+    "ddw": Rule(ddw.DdwConfig, ddw.install),
 }

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from mcdeploy.connectivity.topology import Node
 from mcdeploy.errors import WiringError
@@ -28,6 +30,14 @@ class Stage:
     blocks: tuple[str, ...]  # child names, in the order of execution
     shapes: tuple[Shape, ...]  # shapes[0] is the stage's input, shapes[i] the output of block i
     wirable: tuple[bool, ...]  # a block proper: at least two weight matrices of its own
+    loop: tuple[str, ...] = ()  # all children, when a loop of the host calls them; empty when the container is called
+
+    def num_kept(self) -> int:
+        """Blocks that keep the shape of what they receive."""
+        return sum(wirable and self.shapes[i] == self.shapes[i + 1] for i, wirable in enumerate(self.wirable))
+
+    def is_worth_wiring(self) -> bool:
+        return sum(self.wirable) >= 2 and self.num_kept() > 0
 
     def num_choices(self) -> int:
         """Blocks that could read more than one node of this stage."""
@@ -49,33 +59,99 @@ class Source(NamedTuple):
 
 
 class _Call(NamedTuple):
-    name: str
-    input: Tensor | None
+    input: Tensor | None  # the first argument
+    others: tuple[Any, ...]  # the further arguments
     output: Tensor | None
     writes_input: bool  # changes its input in place, so that other readers would see the change
 
 
-def find_stages(model: nn.Module, example: Tensor) -> tuple[Stage, ...]:
+class _Trace(TorchFunctionMode):
+    """One forward pass as hooks and torch functions see it.
+
+    Outputs of modules are kept, so identity means "the very same tensor". ``readers`` says, for each of them, in which
+    code something is computed from it, and ``measurers`` where its shape is looked at: the paths of the running modules.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.calls: dict[str, list[_Call]] = {}
+        self.kept: dict[int, Tensor] = {}
+        self.readers: dict[int, set[tuple[str, ...]]] = {}
+        self.measurers: dict[int, set[tuple[str, ...]]] = {}
+        self.running: list[tuple[str, int]] = []  # module path, version of its input
+        self.handles = []
+        for name, module in model.named_modules():
+            self.handles.append(module.register_forward_pre_hook(self._enter(name), with_kwargs=True))
+            self.handles.append(module.register_forward_hook(self._leave(name), with_kwargs=True))
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        leaves = tree_leaves(result)
+        if any(isinstance(leaf, Tensor) for leaf in leaves):
+            log = self.readers
+        elif any(type(leaf) is int for leaf in leaves) and func != Tensor._version.__get__:  # type: ignore[attr-defined]
+            log = self.measurers
+        else:  # dtype, device, our own look at the version
+            return result
+        for tensor in tree_leaves((args, kwargs)):
+            if id(tensor) in self.kept:
+                log.setdefault(id(tensor), set()).add(self._where())
+        return result
+
+    def _enter(self, name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.running.append((name, args[0]._version if args and isinstance(args[0], Tensor) else 0))
+
+        return hook
+
+    def _leave(self, name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            _, version = self.running.pop()
+            tensor = args[0] if args and isinstance(args[0], Tensor) else None
+            wrote = tensor is not None and tensor._version != version
+            for leaf in tree_leaves(output):
+                if isinstance(leaf, Tensor):
+                    if not isinstance(output, Tensor):  # handed out among others
+                        self.readers.setdefault(id(leaf), set()).add((*self._where(), name))
+                    self.kept[id(leaf)] = leaf
+            others = tuple(tree_leaves((args[1:], kwargs)))
+            self.calls.setdefault(name, []).append(
+                _Call(tensor, others, output if isinstance(output, Tensor) else None, wrote)
+            )
+
+        return hook
+
+    def _where(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.running)
+
+    def is_read_outside(self, tensor: Tensor, blocks: set[str], *, shape_too: bool) -> bool:
+        """Whether code other than the ``blocks``' (module paths) computes something from a tensor."""
+        readers = self.readers.get(id(tensor), set()) | (self.measurers.get(id(tensor), set()) if shape_too else set())
+        return any(blocks.isdisjoint(running) for running in readers)
+
+
+def find_stages(model: nn.Module, example: Tensor, *, may_have_none: bool = False) -> tuple[Stage, ...]:
     """Trace one forward pass and return the stages in the order of execution.
 
     Where containers nest, the level with more wirable blocks is taken; on a tie the outer one.
 
     Args:
         example: images [B, C, H, W], B >= 1; its values do not matter.
+        may_have_none: return no stages for a model that has none.
 
     Raises:
         WiringError: the model has no stage, or does not run on ``example``.
     """
-    calls = _trace(model, example)
+    trace = _trace(model, example)
     modules = dict(model.named_modules())
-    found = {name: stage for name in modules if name and (stage := _as_stage(name, modules[name], calls))}
+    found = {name: stage for name in modules if name and (stage := _as_stage(name, modules[name], trace))}
     chosen = _finest(found)
-    if not chosen:
+    if not chosen and not may_have_none:
         raise WiringError(
             f"{type(model).__name__} has no wirable stage: no container calls two blocks one after the other "
             "with feature maps of one shape (DenseNet, for one, concatenates); pick another backbone"
         )
-    order = {name: i for i, name in enumerate(calls)}
+    order = {name: i for i, name in enumerate(trace.calls)}
     return tuple(sorted(chosen, key=lambda stage: order[f"{stage.name}.{stage.blocks[0]}"]))
 
 
@@ -124,33 +200,12 @@ def align(node: Node, shape: Shape, wanted: Shape) -> Source | None:
     return Source(node, pool, wanted[0] - channels)
 
 
-def _trace(model: nn.Module, example: Tensor) -> dict[str, list[_Call]]:
-    """Module path to its calls. Tensors are kept, so identity means "the very same tensor"."""
-    calls: dict[str, list[_Call]] = {}
-    versions: list[int] = []
-
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tensor = _only_tensor(args, kwargs)
-        versions.append(tensor._version if tensor is not None else 0)
-
-    def after(name: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            tensor, version = _only_tensor(args, kwargs), versions.pop()
-            wrote = tensor is not None and tensor._version != version
-            calls.setdefault(name, []).append(
-                _Call(name, tensor, output if isinstance(output, Tensor) else None, wrote)
-            )
-
-        return hook
-
-    handles = []
-    for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(module.register_forward_hook(after(name), with_kwargs=True))
+def _trace(model: nn.Module, example: Tensor) -> _Trace:
     training = model.training
     model.eval()
+    trace = _Trace(model)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), trace:
             model(example)
     except (RuntimeError, ValueError, AssertionError, TypeError) as error:
         raise WiringError(
@@ -158,35 +213,65 @@ def _trace(model: nn.Module, example: Tensor) -> dict[str, list[_Call]]:
         ) from error
     finally:
         model.train(training)
-        for handle in handles:
+        for handle in trace.handles:
             handle.remove()
-    return calls
+    return trace
 
 
-def _only_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-    return tensors[0] if len(tensors) == 1 and args and isinstance(args[0], Tensor) else None
+def _as_stage(name: str, container: nn.Module, trace: _Trace) -> Stage | None:
+    """The container as a stage: called with one tensor, or walked by a loop of the host."""
+    own = trace.calls.get(name, [])
+    runs = _runs(name, container, trace)
+    if not own and isinstance(container, nn.ModuleList | nn.Sequential):
+        loop = tuple(child for child, _ in container.named_children())
+        found = [_stage(name, container, run, trace, loop) for run in runs]
+    elif len(own) == 1 and len(runs) == 1 and len(runs[0]) == len(list(container.children())):
+        steps = [trace.calls[f"{name}.{child}"][0] for child in runs[0]]
+        is_plain = own[0].input is steps[0].input and own[0].output is steps[-1].output
+        has_extras = own[0].others or any(step.others for step in steps)
+        found = [_stage(name, container, runs[0], trace, ())] if is_plain and not has_extras else []
+    else:
+        found = []
+    return max((stage for stage in found if stage.is_worth_wiring()), key=Stage.num_kept, default=None)
 
 
-def _as_stage(name: str, container: nn.Module, calls: dict[str, list[_Call]]) -> Stage | None:
-    children = [child for child, _ in container.named_children()]
-    path = [calls.get(f"{name}.{child}", []) for child in children]
-    own = calls.get(name, [])
-    if len(children) < 2 or len(own) != 1 or any(len(called) != 1 for called in path):
-        return None
-    steps = [called[0] for called in path]
-    tensor = own[0].input
-    for step in steps:
-        if step.input is None or step.output is None or step.input is not tensor or step.writes_input:
-            return None
-        tensor = step.output
-    if own[0].output is not tensor or own[0].input is None:
-        return None
-    assert tensor is not None
-    shapes = tuple(tuple(t.shape[1:]) for t in (own[0].input, *(step.output for step in steps)) if t is not None)
-    stage = Stage(name, tuple(children), shapes, tuple(_is_block(container.get_submodule(child)) for child in children))
-    keeps_shape = sum(wirable and shapes[i] == shapes[i + 1] for i, wirable in enumerate(stage.wirable))
-    return stage if sum(stage.wirable) >= 2 and keeps_shape else None
+def _runs(name: str, container: nn.Module, trace: _Trace) -> list[list[str]]:
+    """The children in runs: each called once, with what the one before returned and nothing else read."""
+    runs: list[list[str]] = []
+    paths = {f"{name}.{child}" for child, _ in container.named_children()}
+    previous: _Call | None = None
+    start = torch.empty(0)  # what the run receives; a host that walks its blocks sees this shape all along
+    made: set[int] = set()  # feature maps of this container
+    for child, _ in container.named_children():
+        calls = trace.calls.get(f"{name}.{child}", [])
+        call = calls[0] if len(calls) == 1 else None
+        if call is None or call.input is None or call.output is None or call.writes_input:
+            previous = None
+            continue
+        if any(id(other) in made for other in call.others):
+            return []
+        made |= {id(call.input), id(call.output)}
+        joint = call.input
+        if (
+            previous is not None
+            and previous.output is joint
+            and not trace.is_read_outside(joint, paths, shape_too=joint.shape != start.shape)
+        ):
+            runs[-1].append(child)
+        else:
+            runs.append([child])
+            start = joint
+        previous = call
+    return runs
+
+
+def _stage(name: str, container: nn.Module, blocks: list[str], trace: _Trace, loop: tuple[str, ...]) -> Stage:
+    steps = [trace.calls[f"{name}.{block}"][0] for block in blocks]
+    tensors = [steps[0].input, *(step.output for step in steps)]
+    shapes = tuple(tuple(tensor.shape[1:]) for tensor in tensors if tensor is not None)
+    return Stage(
+        name, tuple(blocks), shapes, tuple(_is_block(container.get_submodule(block)) for block in blocks), loop
+    )
 
 
 def _is_block(module: nn.Module) -> bool:
@@ -197,16 +282,13 @@ def _is_block(module: nn.Module) -> bool:
 def _finest(found: dict[str, Stage]) -> list[Stage]:
     """Of nested stages, keep the level that leaves more blocks that keep their shape."""
 
-    def worth(stage: Stage) -> int:
-        return sum(w and stage.shapes[i] == stage.shapes[i + 1] for i, w in enumerate(stage.wirable))
-
     def best(names: list[str]) -> list[Stage]:
         chosen: list[Stage] = []
         tops = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
         for top in tops:
             inner = best([name for name in names if name.startswith(f"{top}.")])
             outer = found[top]
-            chosen += inner if sum(map(worth, inner)) > worth(outer) else [outer]
+            chosen += inner if sum(map(Stage.num_kept, inner)) > outer.num_kept() else [outer]
         return chosen
 
     return best(list(found))

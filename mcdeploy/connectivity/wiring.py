@@ -11,13 +11,15 @@ its state-dict keys stay what they were. What a block receives is the business o
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mcdeploy.connectivity.gates import Gates
+from mcdeploy.connectivity.loops import Loop, Passed, Step
 from mcdeploy.connectivity.stages import Source, Stage
 from mcdeploy.connectivity.topology import Node, StageWiring, Topology
 from mcdeploy.errors import WiringError
@@ -117,6 +119,8 @@ class WiredStage(WiredModule):
         sources: what each block may read.
         edges: joins them.
         tape: given when stages read across stages; the last stage passes ``is_last`` and empties it.
+        loop: given when the host walks the container instead of calling it.
+        others: the children that the host's loop calls and that are no blocks of this stage.
     """
 
     def __init__(
@@ -129,10 +133,14 @@ class WiredStage(WiredModule):
         skip: frozenset[int] = frozenset(),
         tape: Tape | None = None,
         is_last: bool = False,
+        loop: Loop | None = None,
+        others: Mapping[str, nn.Module] | None = None,
     ) -> None:
         super().__init__()
-        for name, block in blocks.items():
-            self.add_module(name, block)
+        children = {**blocks, **(others or {})}
+        for name in children if loop is None else loop.names:
+            if name in children:
+                self.add_module(name, children[name])
         self.index = index
         self.block_names = tuple(blocks)
         self.sources = sources
@@ -140,6 +148,7 @@ class WiredStage(WiredModule):
         self.skip = skip
         self.tape = tape
         self.is_last = is_last
+        self.loop = loop
 
     def forward(self, x: Tensor) -> Tensor:
         """x: the stage's input, [B, C, H, W] or whatever the host's blocks hand on; returns the last block's output."""
@@ -151,20 +160,34 @@ class WiredStage(WiredModule):
             if i in self.skip:
                 continue
             inputs = [fetch(features[source.node], source) for source in self.sources[i - 1]]
-            features[Node(self.index, i)] = self.get_submodule(name)(self.edges(i - 1, inputs))
+            block, joined = self.get_submodule(name), self.edges(i - 1, inputs)
+            features[Node(self.index, i)] = block(joined) if self.loop is None else self.loop.run(name, block, joined)
         output = features[Node(self.index, len(self.block_names))]
         if self.is_last and self.tape is not None:
             self.tape.features.clear()
         return output
 
-    def __iter__(self) -> Iterator[nn.Module]:
-        return (self.get_submodule(name) for name in self.block_names)
+    def __iter__(self) -> Iterator[Any]:
+        return iter([self._as_host_sees(name) for name in self._host_names()])
 
     def __len__(self) -> int:
-        return len(self.block_names)
+        return len(self._host_names())
 
-    def __getitem__(self, index: int) -> nn.Module:
-        return self.get_submodule(self.block_names[index])
+    def __getitem__(self, index: Any) -> Any:
+        return list(self)[index]
+
+    def _host_names(self) -> tuple[str, ...]:
+        return self.block_names if self.loop is None else self.loop.names
+
+    def _as_host_sees(self, name: str) -> nn.Module | Step:
+        if self.loop is None or name in self.others():
+            return self.get_submodule(name)
+        return Step(self, self.loop, name, name == self.block_names[-1])
+
+    def others(self) -> dict[str, nn.Module]:
+        """The children that are neither blocks of this stage nor its edges."""
+        own = {*self.block_names, "edges"}
+        return {name: child for name, child in self.named_children() if name not in own}
 
     @property
     def aggregate(self) -> Literal["mean", "sum"]:  # type: ignore[override]
@@ -190,18 +213,29 @@ class WiredStage(WiredModule):
         except KeyError as error:
             raise WiringError(f"{wiring.name}: a block cannot read node {error}; its shape does not fit") from None
         self.edges = FixedEdges([len(reads) for reads in wiring.reads], aggregate).train(self.training)
-        self.skip = frozenset(range(1, len(self) + 1)) - live
+        self.skip = frozenset(range(1, len(self.block_names) + 1)) - live
 
     def pruned(self, kept: tuple[int, ...], moved: Mapping[Node, Node]) -> nn.Module:
         sources = tuple(tuple(s._replace(node=moved[s.node]) for s in self.sources[i - 1]) for i in kept)
         return WiredStage(
             self.index,
-            {self.block_names[i - 1]: self[i - 1] for i in kept},
+            {self.block_names[i - 1]: self.get_submodule(self.block_names[i - 1]) for i in kept},
             sources,
             FixedEdges([len(row) for row in sources], self.aggregate),
             tape=self.tape,
             is_last=self.is_last,
+            loop=self.loop,
+            others=self.others(),
         )
+
+    def unwrapped(self) -> nn.Module:
+        """The plain container of a stage that reads like a chain: called, or walked, as the host's own was."""
+        if self.loop is None:
+            return nn.Sequential(OrderedDict((name, self.get_submodule(name)) for name in self.block_names))
+        walked, alive = nn.ModuleList(), {*self.block_names, *self.others()}
+        for name in self.loop.names:
+            walked.add_module(name, self.get_submodule(name) if name in alive else Passed())
+        return walked
 
     def gate_values(self) -> list[list[float]] | None:
         return self.edges.values() if isinstance(self.edges, Gates) else None
@@ -223,15 +257,9 @@ def wired_stages(model: nn.Module) -> dict[str, WiredModule]:
 
 
 def topology_of(model: nn.Module) -> Topology:
-    """The wiring that a wired model runs outside training.
-
-    Raises:
-        WiringError: the model is not wired.
-    """
+    """The wiring that a wired model runs outside training; without stages if nothing in it is wired."""
     stages = wired_stages(model)
-    if not stages:
-        raise WiringError(f"{type(model).__name__} is not wired; call mcdeploy.wire first")
-    aggregate = next(iter(stages.values())).aggregate
+    aggregate: Literal["mean", "sum"] = next((stage.aggregate for stage in stages.values()), "mean")
     return Topology(tuple(stage.wiring(name) for name, stage in stages.items()), aggregate)
 
 
@@ -255,8 +283,17 @@ def install(
     tape = Tape() if across else None
     for s, stage in enumerate(stages):
         container = model.get_submodule(stage.name)
-        blocks = {name: container.get_submodule(name) for name in stage.blocks}
-        wired = WiredStage(s, blocks, sources[s], edges[s], tape=tape, is_last=s == len(stages) - 1)
+        children = dict(container.named_children())
+        wired = WiredStage(
+            s,
+            {name: children.pop(name) for name in stage.blocks},
+            sources[s],
+            edges[s],
+            tape=tape,
+            is_last=s == len(stages) - 1,
+            loop=Loop(stage.loop) if stage.loop else None,
+            others=children,
+        )
         model.set_submodule(stage.name, wired.train(container.training))
 
     if all(isinstance(module, FixedEdges) for module in edges):
