@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from mcdeploy.bench import BenchReport
     from mcdeploy.data import Loaders
     from mcdeploy.package import Shipped
-    from mcdeploy.recipe import DataConfig, Recipe
-    from mcdeploy.targets import Target
+    from mcdeploy.recipe import DataConfig, ExportConfig, Recipe
+    from mcdeploy.targets import Inspection, Target
     from mcdeploy.train import TrainResult
 
 app = typer.Typer(
@@ -107,6 +107,9 @@ def prune_export(
     out: Annotated[Path | None, typer.Option(help="The bundle folder; default: RUN/bundle.")] = None,
     backend: Annotated[list[str], typer.Option(help="onnx is what there is today.")] = ["onnx"],  # noqa: B006
     precision: Annotated[list[str], typer.Option(help="fp32 is what there is today.")] = ["fp32"],  # noqa: B006
+    dynamic: Annotated[
+        str | None, typer.Option(help="Per-image wirings: if, masked, or static:N (also N static models in RUN/static).")
+    ] = None,
     data: DataOption = None,
     json_file: JsonOption = None,
 ) -> None:
@@ -114,7 +117,7 @@ def prune_export(
     _only("--backend", backend, ["onnx"])
     _only("--precision", precision, ["fp32"])
     _check_folder(json_file)
-    shipped = _prune_export(run, out or run / BUNDLE, data)
+    shipped = _prune_export(run, out or run / BUNDLE, data, dynamic)
     _report(run, shipped, None, f"mcdeploy prune-export {run}")
     certificate, manifest = shipped.certificate, shipped.bundle.manifest
     _write_json(json_file, manifest.model_dump(mode="json"))
@@ -191,20 +194,40 @@ def bench(
 
 @app.command()
 def inspect(
-    target: Annotated[
-        str, typer.Argument(metavar="RUN|MODEL", help="A run folder or a timm name.", show_default=False)
+    targets: Annotated[
+        list[str], typer.Argument(metavar="A [B ...]", help="Run folders, timm names.", show_default=False)
     ],
-    out: Annotated[Path | None, typer.Option(help="Draw the wiring into this .svg file.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Draw the wiring into this .svg file, or wirings and costs into this .html.")
+    ] = None,
     image_size: Annotated[int | None, typer.Option(min=1, help="Pixels; default: the model's own.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Measure a wiring that depends on the image on these validation images.")
+    ] = None,
+    json_file: JsonOption = None,
 ) -> None:
-    """Stages, wiring, parameters and MACs; draws the wiring."""
+    """Parameters, MACs, peak memory and wiring; several targets side by side. Draws the wiring."""
     with _extra("mcdeploy inspect", "train"):
-        from mcdeploy.draw import draw_wiring
-        from mcdeploy.targets import describe_model
-    opened, config = _open_target(target, None, None, image_size)
-    topology = describe_model(opened, image_size or config.image_size)
+        from mcdeploy.targets import describe_model, draw_inspections, inspect_target
+    _check_folder(json_file)
+    _check_folder(out)
+    if out and out.suffix not in (".svg", ".html"):
+        raise InputError(f"--out {out}: a wiring is drawn into an .svg or an .html")
+    if out and out.suffix == ".svg" and len(targets) > 1:
+        raise InputError(f"--out {out}: an .svg holds one wiring; give an .html for {len(targets)} targets")
+    found = []
+    for target in targets:
+        opened, config = _open_target(target, data, None, image_size)
+        loaders = _loaders_of(config) if data else None
+        found.append(inspect_target(opened, image_size or config.image_size, loaders))
+    if len(found) == 1:
+        describe_model(found[0])
+    else:
+        _print_side_by_side(found)
+    drawn = draw_inspections(found, as_page=out.suffix == ".html") if out else ""
+    _write_json(json_file, {"targets": [one.to_json() for one in found]})
     if out:
-        out.write_text(draw_wiring(topology, title=target), encoding="utf-8")
+        out.write_text(drawn, encoding="utf-8")
         print(f"drew {out}")
 
 
@@ -221,6 +244,54 @@ def serve(
     from mcruntime.server import serve as run_server
 
     run_server(bundles, host, port, threads=threads, max_batch_size=max_batch_size, max_queue=max_queue)
+
+
+nnmass_app = typer.Typer(help="NN-Mass: choose a net by its topology, before training any.", no_args_is_help=True)
+app.add_typer(nnmass_app, name="nnmass")
+
+
+@nnmass_app.callback()
+def _nnmass() -> None:
+    """Keeps ``search`` a command of its own while it is the only one."""
+
+
+@nnmass_app.command("search")
+def nnmass_search(
+    max_params: Annotated[float | None, typer.Option(min=1, help="At most so many parameters, such as 1e6.")] = None,
+    max_macs: Annotated[float | None, typer.Option(min=1, help="At most so many MACs an image, such as 2e8.")] = None,
+    family: Annotated[str, typer.Option(help="cells, cells-depthwise or mobilenet.")] = "cells",
+    width: Annotated[
+        float | None, typer.Option(help="Channels of the first cell, or the width multiplier of mobilenet.")
+    ] = None,
+    depths: Annotated[
+        str | None, typer.Option(metavar="A:B", help="Layers of a cell, or blocks of a mobilenet stage, from A to B.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write a recipe for the pick into this .yaml file.")] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Of all nets of one width within a budget, the one with the highest NN-Mass; nothing is trained."""
+    with _extra("mcdeploy nnmass search", "train"):
+        from rich.console import Console
+
+        from mcdeploy.search import search, table_of, write_recipe
+    if max_params is None and max_macs is None:
+        raise InputError("nnmass search: needs a budget; give --max-params, --max-macs or both")
+    _check_folder(json_file)
+    _check_folder(out)
+    found = search(
+        family,
+        width=width,
+        depths=None if depths is None else _range("--depths", depths),
+        max_parameters=max_params or float("inf"),
+        max_macs=max_macs or float("inf"),
+    )
+    if out:
+        write_recipe(found, out)
+    _write_json(json_file, found.to_json())
+    Console(width=None if sys.stdout.isatty() else 140).print(table_of(found))
+    pick = found.pick
+    print(f"pick: {pick.label}: NN-Mass {pick.nn_mass:,.1f}, {pick.parameters:,} parameters, {pick.macs:,} MACs")
+    print(f"next: mcdeploy train {out}" if out else "add --out FILE.yaml to write the recipe that trains it")
 
 
 @app.command()
@@ -285,17 +356,23 @@ def _open_run(run: Path) -> tuple[Recipe, Any, dict[str, Any]]:
     return recipe, model, checkpoint.header
 
 
-def _prune_export(run: Path, out: Path, data: str | None = None) -> Shipped:
+def _prune_export(run: Path, out: Path, data: str | None = None, dynamic: str | None = None) -> Shipped:
     recipe, model, header = _open_run(run)
     with _extra("mcdeploy prune-export", "train"):
         from mcdeploy.checkpoint import FILE_NAME, sha256_of, sha256_of_json
+        from mcdeploy.connectivity.ddw import dynamic_stages
+        from mcdeploy.data import plain_training_images
         from mcdeploy.package import prune_export as make_bundle
+    config = _export_config(recipe.export, dynamic)
     loaders = _loaders_of(_data_config(recipe.data, data))
     _same_classes(header["classes"], loaders.classes)
+    if dynamic and not dynamic_stages(model):
+        raise InputError(f"--dynamic {dynamic}: the wiring of {run} does not depend on the image; leave the option away")
+    calibration = plain_training_images(loaders, config.calibration_images, 0) if dynamic_stages(model) else None
     return make_bundle(
         model,
         loaders.val,
-        recipe.export,
+        config,
         name=recipe.name,
         out=out,
         labels=header["classes"],
@@ -306,9 +383,22 @@ def _prune_export(run: Path, out: Path, data: str | None = None) -> Shipped:
             **header.get("parents", {}),
         },
         seeds={"train": recipe.seed},
+        calibration=calibration,
         program=run / PROGRAM,
         say=lambda line: print(f"    {line}"),
     )
+
+
+def _export_config(own: ExportConfig, dynamic: str | None) -> ExportConfig:
+    """The recipe's, with what --dynamic says."""
+    from pydantic import ValidationError
+
+    if dynamic is None:
+        return own
+    try:
+        return type(own).model_validate({**own.model_dump(), "dynamic": dynamic})
+    except ValidationError:
+        raise InputError(f"--dynamic {dynamic}: expected if, masked or static:N, such as static:4") from None
 
 
 def _report(run: Path, shipped: Shipped, bench: BenchReport | None, command: str) -> None:
@@ -427,6 +517,24 @@ def _print_bench(report: BenchReport) -> None:
     Console(width=None if sys.stdout.isatty() else 140).print(report.table())
 
 
+def _print_side_by_side(found: list[Inspection]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from mcdeploy.targets import compare_costs, notes_on
+
+    heads, rows = compare_costs(found)
+    table = Table()
+    for i, head in enumerate(heads):
+        table.add_column(Text(head), justify="right" if i else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    for note in notes_on(found):
+        print(note)
+
+
 # -------------------------------------------------------------------------------------------------------- small change
 
 
@@ -462,6 +570,14 @@ def _percent(text: str) -> float:
     if share < 0:
         raise InputError(f"--fail-if-slower {text}: expected 0% or more")
     return share
+
+
+def _range(option: str, text: str) -> range:
+    """``5:9`` is 5, 6, 7, 8, 9."""
+    first, colon, last = text.partition(":")
+    if not (colon and first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
+        raise InputError(f"{option} {text}: expected two whole numbers A:B with A <= B, such as 5:9")
+    return range(int(first), int(last) + 1)
 
 
 def _check_folder(path: Path | None) -> None:

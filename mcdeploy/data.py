@@ -120,6 +120,13 @@ def build_loaders(config: DataConfig, batch_size: int, eval_batch_size: int, see
     )
 
 
+def plain_training_images(loaders: Loaders, count: int, seed: int) -> Tensor:
+    """Training images drawn once, prepared like validation images, so not augmented; [count or all, 3, S, S]."""
+    source = cast(TrainingImages, loaders.train.dataset).source
+    drawn = _generator(seed, 0, 2).permutation(len(source))[:count]
+    return EvaluationImages(source, loaders.preprocessing, hold=False).__getitems__(drawn.tolist())[0]
+
+
 def set_epoch(loader: DataLoader[Any], epoch: int) -> None:
     """Say which epoch the next pass over a training loader is; for the loader itself or as accelerate prepared it."""
     sampler: Any = loader.batch_sampler

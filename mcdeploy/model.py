@@ -131,7 +131,7 @@ def wire(model: nn.Module, rule: str, *, image_size: int | None = None, **option
 def _example(model: nn.Module, image_size: int) -> torch.Tensor:
     parameter = next(model.parameters())
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
-    channels = first.in_channels if first is not None else 3
+    channels = getattr(model, "in_chans", first.in_channels if first is not None else 3)  # timm's own models know
     return torch.zeros(2, channels, image_size, image_size, device=parameter.device, dtype=parameter.dtype)
 
 

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,9 +27,11 @@ from mcdeploy.backends.onnx import INPUT, OUTPUT, export_onnx, export_program
 from mcdeploy.backends.pytorch import TorchRunner
 from mcdeploy.bench import compare_latency
 from mcdeploy.compile import Certificate, compile_with_certificate
+from mcdeploy.compile.dynamic import NEAR_THRESHOLD, record, settled
+from mcdeploy.connectivity.ddw import dynamic_stages
 from mcdeploy.errors import AccuracyError, BundleError, DataError, ParityError
 from mcdeploy.recipe import ExportConfig
-from mcdeploy.verify import Agreement, Images, Parity, agree, verify
+from mcdeploy.verify import Agreement, Images, Parity, agree, verify, verify_on
 
 SELFTEST_IMAGES = 7
 
@@ -41,6 +44,7 @@ class Shipped:
     certificate: Certificate
     parity: tuple[Parity, ...]
     agreement: Agreement
+    compiled: nn.Module
 
 
 def prune_export(
@@ -54,6 +58,7 @@ def prune_export(
     preprocessing: Preprocessing,
     parents: Mapping[str, str],
     seeds: Mapping[str, int],
+    calibration: torch.Tensor | None = None,
     program: Path | None = None,
     say: Callable[[str], None] = print,
 ) -> Shipped:
@@ -63,6 +68,7 @@ def prune_export(
         trained: the trained, frozen model; stays as it is.
         val: validation images, at least 7.
         parents: name to sha256 of what this was made from.
+        calibration: for per-image wirings, images [B, C, H, W] that show what varies; default: the first 7 of val.
         program: where to leave the compiled model as an ExportedProgram, if anywhere; verified like the ONNX file.
 
     Raises:
@@ -80,10 +86,17 @@ def prune_export(
     _make_room(out, part)
     try:
         say("compile: freeze, prune, fold, certify")
-        small, certificate = compile_with_certificate(trained, torch.from_numpy(images))
+        small, certificate = compile_with_certificate(trained, torch.from_numpy(images), calibration)
+        noise = None
+        if certificate.calibration is not None:
+            say("compile: how validation images are wired, before and after")
+            images, facts = _steady_images(trained, small, val, config.max_abs)
+            noise = _settled_noise(small, images.shape)
+            certificate = replace(certificate, calibration=certificate.calibration | facts)
+            example = torch.from_numpy(images[:2])
         say(f"export: ONNX, opset {config.opset}")
         model_path = part / "model.onnx"
-        export_onnx(small, model_path, example, opset=config.opset)
+        export_onnx(small, model_path, example, opset=config.opset, dynamic=_form(config))
         programs = []
         if draft is not None:
             export_program(small, draft, example)
@@ -92,13 +105,21 @@ def prune_export(
         frozen_runner = TorchRunner(trained, name="the trained model")
         small_runner = TorchRunner(small, name="the compiled model")
         with frozen_runner, small_runner, OnnxRunner(model_path, name="the ONNX model") as onnx_runner:
-            parity = verify(frozen_runner, small_runner, images, hop="compile", max_abs=config.max_abs)
-            parity += verify(frozen_runner, onnx_runner, images, hop="onnx", max_abs=config.max_abs)
+
+            def verify_hop(hop: str, actual: Runner) -> list[Parity]:
+                if noise is None:
+                    return verify(frozen_runner, actual, images, hop=hop, max_abs=config.max_abs)
+                rows = verify_on(frozen_runner, actual, {"validation": images}, hop=hop, max_abs=config.max_abs)
+                if actual is small_runner:  # noise opens edges that no image does: what is left of them must agree
+                    return rows
+                return rows + verify_on(small_runner, actual, {"noise": noise}, hop=hop, max_abs=config.max_abs)
+
+            parity = verify_hop("compile", small_runner) + verify_hop("onnx", onnx_runner)
             for runner in programs:
                 with runner:
-                    parity += verify(frozen_runner, runner, images, hop="program", max_abs=config.max_abs)
+                    parity += verify_hop("program", runner)
             agreement = agree(frozen_runner, onnx_runner, _as_arrays(val))
-            _check_floor(agreement, config)
+            _check_floor(agreement, config, is_calibrated=certificate.calibration is not None)
             logits = frozen_runner.infer(images)
         certificate = replace(certificate, milliseconds=_milliseconds(frozen_runner, small_runner, images))
         (part / CERTIFICATE).write_text(json.dumps(certificate.to_json(), indent=2))
@@ -137,7 +158,7 @@ def prune_export(
             shutil.rmtree(old, ignore_errors=True)
         if draft is not None:
             draft.unlink(missing_ok=True)
-    return Shipped(load_bundle(out), certificate, tuple(parity), agreement)
+    return Shipped(load_bundle(out), certificate, tuple(parity), agreement, small)
 
 
 def _make_room(out: Path, part: Path) -> None:
@@ -149,11 +170,67 @@ def _make_room(out: Path, part: Path) -> None:
     part.mkdir(parents=True)
 
 
-def _check_floor(agreement: Agreement, config: ExportConfig) -> None:
+def _form(config: ExportConfig) -> Literal["if", "masked"]:
+    return "masked" if config.dynamic == "masked" else "if"
+
+
+def _steady_images(
+    trained: nn.Module, small: nn.Module, val: DataLoader[tuple[torch.Tensor, torch.Tensor]], max_abs: float
+) -> tuple[Images, dict[str, int]]:
+    """The first validation images whose wiring compile kept and that lie away from every threshold; and the counts.
+
+    An image whose logits moved by more than ``max_abs`` opens an edge that no calibration image did.
+
+    Raises:
+        ParityError: fewer than 7 of them.
+    """
+    found: list[torch.Tensor] = []
+    total = changed = near = 0
+    for images_BCHW, _ in val:
+        images_BCHW = images_BCHW.float()
+        before = record(trained, images_BCHW)
+        logits_BK, is_settled_B = before.logits_BK, before.margin_B >= NEAR_THRESHOLD
+        if dynamic_stages(small):
+            after = record(small, images_BCHW)
+            after_BK, is_settled_B = after.logits_BK, is_settled_B & (after.margin_B >= NEAR_THRESHOLD)
+        else:
+            with torch.no_grad():
+                after_BK = small(images_BCHW)
+        moved_B = (logits_BK - after_BK).abs().amax(1) > max_abs * logits_BK.abs().max()
+        total, changed, near = total + len(moved_B), changed + int(moved_B.sum()), near + int((~is_settled_B).sum())
+        if sum(map(len, found)) < SELFTEST_IMAGES:
+            found.append(images_BCHW[is_settled_B & ~moved_B])
+    steady = torch.cat(found)[:SELFTEST_IMAGES]
+    if len(steady) < SELFTEST_IMAGES:
+        raise ParityError(
+            f"compile changed the wiring of {changed} of {total} validation images; raise export.calibration_images"
+        )
+    facts = {"validation_images": total, "validation_changed": changed, "validation_near_threshold": near}
+    return steady.numpy().astype(np.float32), facts
+
+
+def _settled_noise(small: nn.Module, shape: tuple[int, ...]) -> Images:
+    """Noise that rounding cannot wire otherwise, of a shape [7, C, H, W].
+
+    Raises:
+        ParityError: there is none.
+    """
+    noise = torch.from_numpy(np.random.default_rng(0).standard_normal((256, *shape[1:])).astype(np.float32))
+    kept = noise[settled(small, noise)][: shape[0]]
+    if len(kept) < shape[0]:
+        raise ParityError(
+            f"all but {len(kept)} of {len(noise)} noise images have an edge within {NEAR_THRESHOLD:g} of the "
+            "threshold, so rounding decides their wiring; train on, or with another connectivity.tau"
+        )
+    return kept.numpy()
+
+
+def _check_floor(agreement: Agreement, config: ExportConfig, *, is_calibrated: bool) -> None:
     if agreement.top1_agreement < config.min_agreement:
+        advice = "; raise export.calibration_images, or lower it knowing so" if is_calibrated else ""
         raise ParityError(
             f"the exported model agrees with the trained one on {agreement.top1_agreement:.3%} of {agreement.images} "
-            f"validation images, export.min_agreement asks for {config.min_agreement:.3%}"
+            f"validation images, export.min_agreement asks for {config.min_agreement:.3%}{advice}"
         )
     drop = agreement.accuracy_before - agreement.accuracy_after
     if drop > config.max_accuracy_drop:

@@ -131,6 +131,9 @@ class ExportConfig(Section):
     max_abs: Positive = 1e-3  # largest |trained - exported| over all logits, relative to the largest |logit|
     min_agreement: Fraction = 0.999  # share of validation images with the same predicted class
     max_accuracy_drop: Fraction = 0.01  # of the exported against the trained net, 0..1
+    # per-image wirings: skip with ONNX If, compute everything, or also cut into N static models
+    dynamic: Annotated[str, Field(pattern=r"^(if|masked|static:[1-9][0-9]{0,3})$")] = "if"
+    calibration_images: Count = 512  # per-image wirings: training images that show what really varies
 
 
 class Recipe(Section):

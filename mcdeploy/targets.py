@@ -9,10 +9,11 @@ resnet20_cifar        a timm name: the backbone as timm builds it, with random w
 
 from __future__ import annotations
 
+import copy
 import json
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -29,18 +30,23 @@ from rich.console import Console
 from rich.progress import Progress, track
 from torch import nn
 
-import mcdeploy.backbones  # noqa: F401  registers our nets with timm
+from mcdeploy.backbones.nnmass_cells import Cell, CellNet, Links
+from mcdeploy.backbones.sparsenet import SparseNet
 from mcdeploy.backends.onnx import export_onnx
 from mcdeploy.backends.pytorch import TorchRunner
 from mcdeploy.bench import BenchReport, compare_latency
 from mcdeploy.checkpoint import FILE_NAME, load_checkpoint
 from mcdeploy.compile.prune import count_macs, count_parameters
+from mcdeploy.connectivity.ddw import DynamicStage, adjacencies, dynamic_stages
+from mcdeploy.connectivity.nnmass import describe_mass, nn_mass_of_model
 from mcdeploy.connectivity.stages import find_stages
-from mcdeploy.connectivity.topology import StageWiring, Topology, chain_reads, count_edges
-from mcdeploy.connectivity.wiring import topology_of, wired_stages
+from mcdeploy.connectivity.topology import Node, StageWiring, Topology, chain_reads, count_edges
+from mcdeploy.connectivity.wiring import candidates_of, gate_values, topology_of, wired_stages
 from mcdeploy.data import Loaders
-from mcdeploy.errors import BackendError, InputError
+from mcdeploy.draw import EdgeValues, draw_wiring, gate_values_of, joins_of, open_shares_of, wiring_page
+from mcdeploy.errors import BackendError, InputError, WiringError
 from mcdeploy.evaluate import Accuracy, evaluate
+from mcdeploy.memory import peak_activation_bytes
 
 Backend = Literal["pytorch", "compiled", "onnx", "cuda", "tensorrt", "pytorch-cuda", "compiled-cuda"]
 BACKENDS = ("onnx", "pytorch", "compiled", "cuda", "tensorrt", "pytorch-cuda", "compiled-cuda")
@@ -226,37 +232,237 @@ def evaluate_target(target: Target, loaders: Loaders, *, image_size: int) -> Acc
         )
 
 
-def describe_model(target: Target, image_size: int) -> Topology:
-    """Print stages, parameters and MACs of a model, and return its wiring; a plain backbone's is a chain.
+@dataclass(frozen=True)
+class Inspection:
+    """What ``inspect`` knows of one target."""
+
+    name: str
+    numbers: dict[str, float]  # parameters, macs, ...: as ``NUMBERS`` describes them
+    topology: Topology | None  # None: nothing to draw
+    candidates: Topology | None = None  # what each block could have read, where that is known
+    values: EdgeValues | None = None
+    notes: tuple[str, ...] = ()  # what is missing or has another meaning, and why
+    masses: tuple[str, ...] = ()  # NN-Mass by cell, in words
+
+    def to_json(self) -> dict[str, Any]:
+        wiring = None if self.topology is None else self.topology.to_json()["stages"]
+        return {"name": self.name, **self.numbers, "stages": wiring, "notes": list(self.notes), "masses": list(self.masses)}
+
+
+NUMBERS = {
+    "parameters": "parameters",
+    "macs": "MACs an image",
+    "peak_activation_bytes": "peak activation bytes",
+    "nn_mass": "NN-Mass",
+    "density": "density of skips",
+    "average_degree": "average degree",
+    "blocks": "blocks",
+    "dead_blocks": "dead blocks",
+    "live_edges": "live edges",
+}
+
+
+def inspect_target(target: Target, image_size: int, loaders: Loaders | None = None) -> Inspection:
+    """Costs and wiring of a run or a backbone; a plain backbone's wiring is a chain.
+
+    Args:
+        loaders: validation images to measure a dynamic wiring on; default: what the last epoch's images showed.
 
     Raises:
-        InputError: only a run or a backbone still has blocks.
-        WiringError: the backbone has no stage to wire.
+        InputError: only a run or a backbone still has blocks, the model does not take images of that size, or its
+            wiring is the same for all images and ``loaders`` were given.
     """
     model = target.module
-    if model is None:
+    if model is None or isinstance(model, torch.fx.GraphModule):
         raise InputError(f"{target.name}: an exported graph has no blocks left to show; give the run folder")
-    example = torch.zeros(2, 3, image_size, image_size)
-    if wired_stages(model):
-        topology = topology_of(model)
-    else:
-        stages = find_stages(model, example)
-        topology = Topology(
-            tuple(
-                StageWiring(stage.name, stage.blocks, chain_reads(s, len(stage.blocks)))
-                for s, stage in enumerate(stages)
-            )
+    dynamic = dynamic_stages(model)
+    if loaders is not None and not dynamic:
+        raise InputError(f"--data: is for wirings that depend on the image, and that of {target.name} does not")
+    example, topology, notes = torch.zeros(1, 3, image_size, image_size), None, []
+    try:
+        topology = _wiring_of(model, example)
+    except WiringError as error:
+        notes.append(f"no wiring to draw: {error}")
+    if dynamic:
+        notes.append("the wiring depends on the image; the costs are those with every edge open")
+    everything = copy.deepcopy(model)
+    for stage in dynamic_stages(everything).values():
+        stage.tau.zero_()  # every edge open
+    try:
+        numbers: dict[str, float] = {"parameters": count_parameters(model), "macs": count_macs(everything, example)}
+    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+        raise InputError(
+            f"{target.name}: does not run on images of {image_size} pixels ({_first_line(error)})"
+        ) from error
+    try:
+        numbers["peak_activation_bytes"] = peak_activation_bytes(everything, example)
+    except Exception as error:  # torch.export raises many kinds
+        notes.append(
+            f"peak activation memory is not known: torch.export cannot follow the model ({_first_line(error)})"
         )
-    live = topology.live()
-    print(f"{target.name}: {count_parameters(model):,} parameters, {count_macs(model, example):,} MACs an image")
-    print(
-        f"{len(topology.edges())} blocks, {len(topology.dead_blocks())} of them dead, "
-        f"{count_edges(topology, live)} live edges"
+    with suppress(WiringError):  # blocks that it does not know
+        mass = nn_mass_of_model(model)
+        numbers["nn_mass"], numbers["density"], numbers["average_degree"] = mass.total(), mass.density(), mass.degree()
+    masses = describe_mass(everything, example)
+    if topology is None:
+        return Inspection(target.name, numbers, None, notes=tuple(notes), masses=masses)
+    numbers["blocks"] = len(topology.edges()) - len(joins_of(topology))
+    numbers["dead_blocks"] = len(topology.dead_blocks())
+    numbers["live_edges"] = count_edges(topology, topology.live())
+    if dynamic:
+        shares = _measure_wirings(model, loaders) if loaders else (gate_values(model),)
+        values, candidates = open_shares_of(topology, *shares), None
+    else:
+        candidates, values = _learned(target, model)
+    return Inspection(target.name, numbers, topology, candidates, values, tuple(notes), masses)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _wiring_of(model: nn.Module, example: torch.Tensor) -> Topology:
+    """The wiring of a model: what wires it, what a backbone says of itself, or else the chains of its stages.
+
+    Raises:
+        WiringError: none of that is there.
+    """
+    if wired_stages(model):
+        return topology_of(model)
+    if isinstance(model, SparseNet):
+        return Topology(model.wiring())
+    if isinstance(model, CellNet):
+        return Topology(tuple(_as_stage(c, cell.links) for c, cell in enumerate(_cells(model))))
+    stages = find_stages(model, example)
+    return Topology(
+        tuple(
+            StageWiring(stage.name, stage.blocks, chain_reads(s, len(stage.blocks))) for s, stage in enumerate(stages)
+        )
     )
-    for stage in topology.stages:
+
+
+def _cells(model: CellNet) -> list[Cell]:
+    return [cell for cell in model.cells if isinstance(cell, Cell)]
+
+
+def _as_stage(cell: int, links: Links) -> StageWiring:
+    """A cell of random links; node i is layer i. Layers read the one before them and some channels of earlier ones."""
+    reads = tuple(
+        (*(Node(cell, source) for source, channels in enumerate(row) if channels), Node(cell, i - 1))
+        for i, row in enumerate(links[1:], start=1)
+    )
+    return StageWiring(f"cells.{cell}", tuple(f"layers.{i}" for i in range(len(reads))), reads)
+
+
+def _learned(target: Target, model: nn.Module) -> tuple[Topology | None, EdgeValues | None]:
+    """What the blocks could have read, and the numbers of those edges: the model's own, or those of its run."""
+    stages = wired_stages(model)
+    if isinstance(model, CellNet) and not stages:
+        return None, _channels_read(model)
+    if not stages:
+        return None, None
+    run = Path(target.name)
+    if not (run / FILE_NAME).exists():
+        return candidates_of(model), gate_values_of(candidates_of(model), gate_values(model))
+    candidates = Topology.from_json(load_checkpoint(run).header["candidates"])
+    gates: dict[str, list[list[float]]] = {}
+    if (run / "metrics.jsonl").exists():
+        for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            gates = json.loads(line).get("gates") or gates
+    return candidates, gate_values_of(candidates, gates)
+
+
+def _channels_read(model: CellNet) -> EdgeValues:
+    values, says = {}, {}
+    for c, cell in enumerate(_cells(model)):
+        for i, row in enumerate(cell.links[1:], start=1):
+            for source, count in enumerate((*map(len, row), cell.width)):
+                if count:
+                    edge = Node(c, source), Node(c, i)
+                    values[edge], says[edge] = count / cell.width, f"{count} of {cell.width} channels"
+    return EdgeValues("share of channels that is read", values, says)
+
+
+def _measure_wirings(model: nn.Module, loaders: Loaders) -> tuple[dict[str, list[list[float]]], ...]:
+    """For every edge of a dynamic wiring the share of images for which it is open, and its mean weight then."""
+    opened: dict[str, torch.Tensor] = {}
+    weighed: dict[str, torch.Tensor] = {}
+    count = 0
+    for images, _ in track(loaders.val, "measuring", transient=True, disable=not Console().is_terminal):
+        count += len(images)
+        for name, wirings in adjacencies(model, images).items():
+            opened[name] = opened.get(name, 0) + wirings.open_BNN.double().sum(0)
+            weighed[name] = weighed.get(name, 0) + (wirings.weights_BNN * wirings.open_BNN).double().sum(0)
+
+    def by_source(name: str, stage: DynamicStage, numbers_NN: torch.Tensor) -> list[list[float]]:
+        rows = stage.wiring(name).reads
+        return [[float(numbers_NN[node.index, j]) for node in row] for j, row in enumerate(rows, start=1)]
+
+    stages = dynamic_stages(model)
+    return (
+        {name: by_source(name, stages[name], total_NN / count) for name, total_NN in opened.items()},
+        {name: by_source(name, stages[name], weighed[name] / opened[name].clamp_min(1)) for name in opened},
+    )
+
+
+def describe_model(found: Inspection) -> None:
+    """Print what ``inspect_target`` found."""
+    numbers, topology = found.numbers, found.topology
+    print(f"{found.name}: {numbers['parameters']:,} parameters, {numbers['macs']:,} MACs an image")
+    if "peak_activation_bytes" in numbers:
+        print(f"{numbers['peak_activation_bytes']:,} bytes of feature maps alive at the peak, for one image")
+    for line in found.masses:
+        print(line)
+    for note in found.notes:
+        print(note)
+    if topology is None:
+        return
+    print(f"{numbers['blocks']} blocks, {numbers['dead_blocks']} of them dead, {numbers['live_edges']} live edges")
+    live = topology.live()
+    for s, stage in enumerate(topology.stages):
         print(f"  {stage.name}")
-        for name, reads in zip(stage.blocks, stage.reads, strict=True):
+        for i, (name, reads) in enumerate(zip(stage.blocks, stage.reads, strict=True), start=1):
             sources = ", ".join(topology.describe(node) for node in reads)
-            dead = "" if any(topology.describe(node) == f"{stage.name}.{name}" for node in live) else "  (dead)"
-            print(f"    {name} reads {sources}{dead}")
-    return topology
+            print(f"    {name} reads {sources}{'' if Node(s, i) in live else '  (dead)'}")
+
+
+def compare_costs(found: Sequence[Inspection]) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows of a table of all numbers, one column a target, with ratios to the first target's."""
+    rows = []
+    for key, label in NUMBERS.items():
+        if any(key in one.numbers for one in found):
+            first = found[0].numbers.get(key)
+            rows.append([label, *(_against(one.numbers.get(key), first, one is found[0]) for one in found)])
+    return ["", *(one.name for one in found)], rows
+
+
+def _against(value: float | None, first: float | None, is_first: bool) -> str:
+    if value is None:
+        return "-"
+    text = f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+    return text if is_first or not first else f"{text} ({value / first:.3g} x)"
+
+
+def notes_on(found: Sequence[Inspection]) -> list[str]:
+    """The notes of all targets, each with the name of its target."""
+    return [f"{one.name}: {note}" for one in found for note in one.notes]
+
+
+def draw_inspections(found: Sequence[Inspection], *, as_page: bool) -> str:
+    """The wirings as an HTML page with the costs, or that of a single target as an SVG.
+
+    Raises:
+        InputError: no target has a wiring.
+    """
+    pictures = [
+        draw_wiring(one.topology, title=one.name, candidates=one.candidates, values=one.values)
+        for one in found
+        if one.topology is not None
+    ]
+    if not pictures:
+        raise InputError(f"--out: there is no wiring to draw in {', '.join(one.name for one in found)}")
+    if not as_page:
+        return pictures[0]
+    heads, rows = compare_costs(found)
+    title = " against ".join(one.name for one in found)
+    return wiring_page(title, pictures, heads if len(found) > 1 else (), rows, notes=notes_on(found))

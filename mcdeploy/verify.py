@@ -5,7 +5,7 @@ It runs after every hop. A NaN, an infinity or another shape is an error, never 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -68,9 +68,20 @@ def verify(
         ParityError: further apart than allowed, another shape, or not finite.
     """
     noise = np.random.default_rng(seed).standard_normal(images[: max(BATCHES)].shape).astype(np.float32)
+    return verify_on(expected, actual, {"validation": images, "noise": noise}, hop=hop, max_abs=max_abs)
+
+
+def verify_on(
+    expected: Runner, actual: Runner, sources: Mapping[str, Images], *, hop: str, max_abs: float
+) -> list[Parity]:
+    """``verify`` on images of one's own choice, by kind, B >= 7 each.
+
+    Raises:
+        ParityError: as ``verify``.
+    """
     found = [
         _compare(expected, actual, source[:batch], hop, kind, max_abs)
-        for kind, source in (("validation", images), ("noise", noise))
+        for kind, source in sources.items()
         for batch in BATCHES
     ]
     failed = [parity for parity in found if not parity.passed]

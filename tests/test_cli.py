@@ -81,6 +81,8 @@ def test_a_run_goes_from_recipe_to_bundle_eval_and_bench(tmp_path, capsys):
     assert code == 0
     assert "reads input of layer1" in out
     assert (tmp_path / "w.svg").read_text().startswith("<svg")
+    assert "(gate 0." in (tmp_path / "w.svg").read_text()
+    assert " could have read " in (tmp_path / "w.svg").read_text()
 
 
 def flip_a_byte(path):

@@ -14,13 +14,11 @@ import pytest
 
 from mcdeploy import connectivity
 from mcdeploy.bench import METHOD, BenchReport, Interval, Latency, Measured
-from mcdeploy.connectivity.topology import Node, StageWiring, Topology, chain_reads
-from mcdeploy.draw import draw_wiring
+from mcdeploy.connectivity.topology import Node, StageWiring, Topology
 from mcdeploy.report import HeadlineRow, ReportData, headline_rows, render_report, write_report
 
 NASTY = "<script>alert('1')</script>&\"x\""
 VOID = {"meta", "link", "br", "img", "hr", "input"}
-SVG = "{http://www.w3.org/2000/svg}"
 SECTIONS = ("What changed", "Wiring", "Training", "Gates", "Latency", "Certificate", "Parity", "Where this comes from")
 
 
@@ -64,7 +62,6 @@ def stage(s, name, *reads, blocks=None):
 # layer1.1 (node 2) is dead: node 3 reads the input and node 1.
 WIRING = Topology((stage(0, "layer1", [0], [0, 1], [0, 1]), stage(1, "layer2", [0], [1])))
 CANDIDATES = Topology((stage(0, "layer1", [0], [0, 1], [0, 1, 2]), stage(1, "layer2", [0], [0, 1])))
-ACROSS = Topology((stage(0, "a", [0], [1]), stage(1, "b", [0], [(0, 1), 1])))
 
 
 def latency(runner, batch, p50, ratio):
@@ -207,11 +204,6 @@ def test_strings_without_names_for_the_gates_are_escaped_too():
     assert "<script" not in render_report(data)
 
 
-def test_a_title_cannot_leave_its_attribute():
-    svg = ElementTree.fromstring(draw_wiring(WIRING, title=NASTY))
-    assert svg.get("aria-label") == NASTY
-
-
 def test_the_file_is_written_with_its_folder_and_is_utf8(tmp_path):
     path = tmp_path / "new" / "report.html"
     write_report(path, ReportData("größer"))
@@ -253,78 +245,6 @@ def test_the_headline_says_before_after_and_change():
 
 def test_a_headline_of_nothing_is_empty():
     assert headline_rows() == ()
-
-
-# ------------------------------------------------------------------------------------------------------------ wiring
-
-
-def shapes(topology):
-    """Class to the titles of the shapes that carry it."""
-    found = {}
-    for element in ElementTree.fromstring(draw_wiring(topology, title="t")).iter():
-        title = element.find(f"{SVG}title")
-        for name in element.get("class", "").split() if title is not None else ():
-            found.setdefault(name, []).append(title.text)
-    return found
-
-
-def test_dead_blocks_and_what_they_read_are_dashed_and_nothing_else_is():
-    drawn = shapes(WIRING)
-    assert drawn["mcw-dead"] == [
-        "layer1.1 reads input of layer1 (dead)",
-        "layer1.1 reads layer1.0 (dead)",
-        "layer1.1: dead, no output depends on it",
-    ]
-    style = ElementTree.fromstring(draw_wiring(WIRING, title="t")).find(f"{SVG}style").text
-    for rule in (".mcw-edge.mcw-dead{", ".mcw-node.mcw-dead circle,.mcw-node.mcw-dead rect{"):
-        assert "stroke-dasharray" in style.split(rule)[1].split("}")[0]
-
-
-def test_every_block_and_every_edge_is_drawn_once_with_its_name():
-    drawn = shapes(WIRING)
-    assert drawn["mcw-block"] == [
-        "layer1.0", "layer1.1: dead, no output depends on it", "layer1.2", "layer2.0", "layer2.1",
-    ]  # fmt: skip
-    assert drawn["mcw-input"] == ["input of layer1", "input of layer2"]
-    edges = [f"{WIRING.describe(n)} reads {WIRING.describe(s)}" for n, row in WIRING.edges().items() for s in row]
-    assert sorted(title.removesuffix(" (dead)") for title in drawn["mcw-edge"] if " reads " in title) == sorted(edges)
-
-
-def test_straight_arcs_and_arcs_across_stages_are_told_apart():
-    drawn = shapes(ACROSS)
-    assert drawn["mcw-near"] == ["a.0 reads input of a", "a.1 reads a.0", "b.0 reads input of b", "b.1 reads b.0"]
-    assert drawn["mcw-across"] == ["b.1 reads a.0"]
-    assert shapes(WIRING)["mcw-skip"] == ["layer1.2 reads input of layer1", "layer1.2 reads layer1.0"]
-    assert drawn["mcw-host"] == ["the backbone hands the output of a on"]
-
-
-def test_stages_stand_from_left_to_right_without_touching():
-    many = Topology(tuple(stage(s, f"stages.{s}.a.long.name", [0], [1]) for s in range(4)))
-    svg = ElementTree.fromstring(draw_wiring(many, title="t"))
-    bands = [(float(r.get("x")), float(r.get("width"))) for r in svg.iter(f"{SVG}rect") if r.get("class") == "mcw-band"]
-    assert len(bands) == 4
-    for (left, width), (next_left, _) in pairwise(bands):
-        assert left + width < next_left
-    assert bands[-1][0] + bands[-1][1] < float(svg.get("width"))
-
-
-def test_nothing_is_drawn_outside_the_picture():
-    dense = tuple(StageWiring(f"s{s}", tuple(map(str, range(9))), chain_reads(s, 9)) for s in range(3))
-    far = Topology((*dense[:2], stage(2, "s2", [0], [(0, 1), (1, 1), 1], [(0, 0), 0])))
-    svg = ElementTree.fromstring(draw_wiring(far, title="t"))
-    height = float(svg.get("height"))
-    for path in svg.iter(f"{SVG}path"):
-        if "C" in path.get("d"):
-            y0, control_y = map(float, re.findall(r"[\d.]+", path.get("d"))[1:4:2])
-            reach = y0 + 0.75 * (control_y - y0)  # the furthest point of such a curve
-            assert 44 < reach < height - 26, path.get("d")
-
-
-def test_long_block_names_become_numbers_in_the_whole_stage():
-    odd = Topology((stage(0, "s", [0], [1], blocks=("conv_long", "1")),))
-    svg = ElementTree.fromstring(draw_wiring(odd, title="t"))
-    labels = [g.find(f"{SVG}text").text for g in svg.iter(f"{SVG}g")]
-    assert labels == ["in", "1", "2"]
 
 
 # ------------------------------------------------------------------------------------------------------------ charts

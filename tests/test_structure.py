@@ -12,7 +12,7 @@ LINE = [
     "errors", "section", "connectivity.topology", "connectivity.stages", "connectivity.gates", "connectivity.wiring",
     "backbones", "connectivity.fixed", "connectivity.sparse", "connectivity.maskconnect", "connectivity.gateconnect",
     "connectivity.ddw", "connectivity.nnmass", "connectivity.rules", "connectivity", "recipe", "data", "checkpoint",
-    "model", "evaluate", "train", "compile.prune", "compile.fold", "compile.certify", "compile", "backends.onnx",
+    "model", "evaluate", "train", "compile.prune", "compile.fold", "compile.certify", "compile", "memory", "backends.onnx",
     "backends.pytorch", "backends", "verify", "bench", "package", "draw", "report", "targets", "demo", "cli",
 ]  # fmt: skip
 

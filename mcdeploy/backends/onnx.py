@@ -9,17 +9,22 @@ import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import onnx
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mcdeploy.compile.conditional import export_form
 from mcdeploy.errors import BackendError
 
 INPUT, OUTPUT = "images", "logits"
 
 
-def export_onnx(model: nn.Module, path: Path | str, example: Tensor, *, opset: int = 20) -> None:
+def export_onnx(
+    model: nn.Module, path: Path | str, example: Tensor, *, opset: int = 20, dynamic: Literal["if", "masked"] = "if"
+) -> None:
     """Export with ``torch.onnx.export(dynamo=True)``: one file, dynamic batch, checked.
 
     Args:
@@ -27,6 +32,8 @@ def export_onnx(model: nn.Module, path: Path | str, example: Tensor, *, opset: i
         path: the .onnx file; replaced in one step once everything has been checked.
         example: images [B, C, H, W], B >= 2.
         opset: 18 to 23; what comes out is read back and must be the same.
+        dynamic: for per-image wirings: an ONNX ``If`` around every node that some image does not need, or every node
+            computed for every image and multiplied by 0.
 
     Raises:
         BackendError: the exporter failed, the opset or the dynamic batch is not what was asked for, or the ONNX checker
@@ -36,9 +43,10 @@ def export_onnx(model: nn.Module, path: Path | str, example: Tensor, *, opset: i
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        with _quiet():
+        # torch's fused attention returns strides of its own, its decomposition does not: "Cannot view a tensor"
+        with _quiet(), sdpa_kernel(SDPBackend.MATH):
             torch.onnx.export(
-                model,
+                export_form(model, skip=dynamic == "if"),
                 (example,),
                 str(temporary),
                 dynamo=True,
@@ -54,16 +62,15 @@ def export_onnx(model: nn.Module, path: Path | str, example: Tensor, *, opset: i
     except BackendError:
         raise
     except Exception as error:  # the exporter's errors share no base class
-        reason = str(error).strip().splitlines()
-        raise BackendError(
-            f"ONNX export of {type(model).__name__} failed: {reason[0] if reason else error!r}"
-        ) from error
+        raise BackendError(f"ONNX export of {type(model).__name__} failed: {_reason(error)}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def export_program(model: nn.Module, path: Path | str, example: Tensor) -> None:
     """Save the model as a ``torch.export`` program with dynamic batch; ``torch.export.load`` needs torch alone.
+
+    Every node of a per-image wiring is computed for every image, and multiplied by 0 where it is closed.
 
     Args:
         model: in evaluation mode.
@@ -76,7 +83,10 @@ def export_program(model: nn.Module, path: Path | str, example: Tensor) -> None:
     try:
         with _quiet():
             program = torch.export.export(
-                model, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},), strict=False
+                export_form(model, skip=False),
+                (example,),
+                dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+                strict=False,
             )
             torch.export.save(program, temporary)
         os.replace(temporary, target)
@@ -88,6 +98,14 @@ def read_opset(path: Path) -> int:
     """The version of the standard operator set that a file asks for."""
     model = onnx.load(path, load_external_data=False)
     return int(next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")))
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what started it; the exporter's own errors are long and say what step it was."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else repr(error)
 
 
 def _check(path: Path, opset: int) -> None:

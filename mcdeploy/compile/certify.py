@@ -40,6 +40,7 @@ class Certificate:
     topology: dict[str, Any]
     checks: tuple[Check, ...]
     milliseconds: tuple[float, float] | None = None  # median, before and after; filled in by prune-export
+    calibration: dict[str, Any] | None = None  # for per-image wirings: how they were frozen
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for ``certificate.json``."""
