@@ -18,8 +18,10 @@ from mcdeploy.errors import InputError, McdeployError, MissingExtraError
 
 if TYPE_CHECKING:
     from mcruntime.preprocess import Preprocessing
+    from rich.table import Table
 
     from mcdeploy.bench import BenchReport
+    from mcdeploy.bench_images import ImagesReport
     from mcdeploy.data import Loaders
     from mcdeploy.package import Shipped
     from mcdeploy.recipe import DataConfig, ExportConfig, Recipe
@@ -33,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-BUNDLE, PROGRAM, REPORT = "bundle", "compiled.pt2", "report.html"
+BUNDLE, PROGRAM, REPORT, STATIC = "bundle", "compiled.pt2", "report.html", "static"
 
 RunArgument = Annotated[Path, typer.Argument(help="A run folder.", show_default=False)]
 SetOption = Annotated[
@@ -108,7 +110,7 @@ def prune_export(
     backend: Annotated[list[str], typer.Option(help="onnx is what there is today.")] = ["onnx"],  # noqa: B006
     precision: Annotated[list[str], typer.Option(help="fp32 is what there is today.")] = ["fp32"],  # noqa: B006
     dynamic: Annotated[
-        str | None, typer.Option(help="Per-image wirings: if, masked, or static:N (also N static models in RUN/static).")
+        str | None, typer.Option(help="Per-image wirings: if, masked, or static:N (N static models in RUN/static).")
     ] = None,
     data: DataOption = None,
     json_file: JsonOption = None,
@@ -164,6 +166,10 @@ def bench(
     seconds: Annotated[float, typer.Option(min=0.1, help="Time for each batch size, all models together.")] = 10.0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: the physical cores.")] = None,
     image_size: Annotated[int | None, typer.Option(min=1, help="Pixels; default: what the models say.")] = None,
+    over_images: Annotated[
+        int | None, typer.Option(min=2, help="Instead: latency of so many validation images, one at a time.")
+    ] = None,
+    data: DataOption = None,
     plot: Annotated[Path | None, typer.Option(help="Also draw the distributions into this file.")] = None,
     json_file: JsonOption = None,
     baseline: Annotated[
@@ -180,6 +186,17 @@ def bench(
         raise InputError(f"--plot {plot}: a plot is a .png, .svg or .pdf")
     _check_folder(json_file)
     _check_folder(plot)
+    if data and not over_images:
+        raise InputError("--data: bench takes noise unless --over-images says how many validation images to take")
+    if over_images:
+        if baseline or image_size or batch != [1]:
+            raise InputError("--over-images: is for batch 1 and the data's image size, and knows no --baseline")
+        spread = _bench_over_images(targets, backend, over_images, data, threads)
+        _print_table(spread.table())
+        if plot:
+            spread.plot(plot)
+        _write_json(json_file, spread.to_json())
+        return
     allowed = _percent(fail_if_slower or "5%")
     earlier = read_report(baseline) if baseline else None
     report = _bench(targets, backend, batch, seconds, threads, image_size)
@@ -367,9 +384,9 @@ def _prune_export(run: Path, out: Path, data: str | None = None, dynamic: str | 
     loaders = _loaders_of(_data_config(recipe.data, data))
     _same_classes(header["classes"], loaders.classes)
     if dynamic and not dynamic_stages(model):
-        raise InputError(f"--dynamic {dynamic}: the wiring of {run} does not depend on the image; leave the option away")
+        raise InputError(f"--dynamic {dynamic}: the wiring of {run} does not depend on the image; leave it away")
     calibration = plain_training_images(loaders, config.calibration_images, 0) if dynamic_stages(model) else None
-    return make_bundle(
+    shipped = make_bundle(
         model,
         loaders.val,
         config,
@@ -387,6 +404,25 @@ def _prune_export(run: Path, out: Path, data: str | None = None, dynamic: str | 
         program=run / PROGRAM,
         say=lambda line: print(f"    {line}"),
     )
+    if calibration is not None and config.dynamic.startswith("static:"):
+        from mcdeploy.static import cut_static
+
+        cut = cut_static(
+            shipped.compiled,
+            calibration,
+            loaders.val,
+            config,
+            count=int(config.dynamic.removeprefix("static:")),
+            out=run / STATIC,
+            labels=header["classes"],
+            preprocessing=_preprocessing(header),
+            say=lambda line: print(f"    {line}"),
+        )
+        print(
+            f"static models in {run / STATIC}: top-1 {cut.accuracy_dynamic:.2%} -> {cut.accuracy_static:.2%}, the same "
+            f"class for {cut.top1_agreement:.2%} of {cut.images} images"
+        )
+    return shipped
 
 
 def _export_config(own: ExportConfig, dynamic: str | None) -> ExportConfig:
@@ -511,10 +547,30 @@ def _bench(
     return measure(opened, backends, batches, seconds=seconds, threads=threads, image_size=image_size)
 
 
+def _bench_over_images(
+    targets: list[str], backends: list[str], count: int, data: str | None, threads: int | None
+) -> ImagesReport:
+    with _extra("mcdeploy bench", "train"):
+        from mcdeploy.targets import BACKENDS, measure_over_images
+    _only("--backend", backends, list(BACKENDS))
+    opened = [_open_target(text, data) for text in targets]
+    config = next((config for target, config in opened if target.has_data or (data and target.preprocessing)), None)
+    if config is None:
+        raise InputError("--over-images: none of the models knows its images; give --data, or name a run folder")
+    for target, _ in opened:
+        if target.image_size not in (None, config.image_size):
+            raise InputError(f"{target.name}: takes images of {target.image_size} pixels, not of {config.image_size}")
+    return measure_over_images([target for target, _ in opened], backends, _loaders_of(config), count, threads=threads)
+
+
 def _print_bench(report: BenchReport) -> None:
+    _print_table(report.table())
+
+
+def _print_table(table: Table) -> None:
     from rich.console import Console
 
-    Console(width=None if sys.stdout.isatty() else 140).print(report.table())
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 
 def _print_side_by_side(found: list[Inspection]) -> None:

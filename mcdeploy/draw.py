@@ -29,6 +29,7 @@ class EdgeValues:
     measure: str  # what the number is, such as ``gate``
     values: Mapping[Edge, float]  # none below 0; an edge without one is drawn as if none had
     says: Mapping[Edge, str]  # such as ``gate 0.62``
+    closed: frozenset[Edge] = frozenset()  # edges that no image uses: they keep nothing alive
 
     def shares(self) -> dict[Edge, float]:
         """Every number against the largest one, 0..1."""
@@ -60,7 +61,8 @@ def open_shares_of(
     values, means = _by_edge(topology, shares), _by_edge(topology, weights or {})
     says = {edge: f"open for {value:.1%} of the images" for edge, value in values.items()}
     says |= {edge: f"{says[edge]}, with a mean weight of {mean:.2f}" for edge, mean in means.items() if values[edge]}
-    return EdgeValues("share of images it is open for", values, says)
+    closed = frozenset(edge for edge, value in values.items() if not value)
+    return EdgeValues("share of images it is open for", values, says, closed)
 
 
 def _by_edge(topology: Topology, rows: Mapping[str, Sequence[Sequence[float]]]) -> dict[Edge, float]:
@@ -94,7 +96,9 @@ def draw_wiring(
     layout = _layout(topology, edges | cut)
     y = 56 + max(RADIUS + 8, layout.above)  # title, stage names
     bottom = y + max(RADIUS + 12, layout.below + 8)
-    live = topology.live()
+    closed = values.closed if values else frozenset()
+    live = _live(topology, closed)
+    idle = {edge for edge in edges if edge[1] not in live or edge in closed}
 
     drawn = [f'<text class="mcw-title" x="{MARGIN:g}" y="18">{escape(title)}</text>']
     for (left, right), stage in zip(layout.bands, topology.stages, strict=True):
@@ -106,8 +110,8 @@ def draw_wiring(
     kinds = []
     for picked, state in (
         (cut, "cut"),
-        ({edge for edge in edges if edge[1] not in live}, "dead"),
-        ({edge for edge in edges if edge[1] in live}, "live"),  # on top
+        (idle, "dead"),
+        (edges - idle, "live"),  # on top
     ):
         for kind, path in _edges(topology, layout, picked, state, values, y):
             kinds.append(kind)
@@ -124,6 +128,18 @@ def draw_wiring(
         f'width="{width:.0f}" height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}" style="{shrink}">'
         f"<style>{WIRING_CSS}</style>{''.join(drawn)}{legend}</svg>"
     )
+
+
+def _live(topology: Topology, closed: frozenset[Edge]) -> frozenset[Node]:
+    """The nodes that an output depends on by edges that are not closed."""
+    sources = {node: tuple(s for s in row if (s, node) not in closed) for node, row in topology.edges().items()}
+    live, pending = set(), list(topology.outputs())
+    while pending:
+        node = pending.pop()
+        if node not in live:
+            live.add(node)
+            pending.extend(sources.get(node, ()))
+    return frozenset(live)
 
 
 class Point(NamedTuple):

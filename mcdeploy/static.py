@@ -22,6 +22,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,6 @@ import torch
 import torch.nn.functional as F
 from mcruntime.engine import OnnxRunner
 from mcruntime.preprocess import Preprocessing
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -233,22 +233,41 @@ class Router(nn.Module):
 
 
 class Stem(nn.Module):
-    """What the first dynamic stage of a model receives; an exporter drops the rest, which nothing reads."""
+    """What one module of a model receives; of the rest of the model nothing is left."""
 
-    def __init__(self, model: nn.Module, name: str) -> None:
+    def __init__(self, model: nn.Module, name: str, example: Tensor) -> None:
         super().__init__()
         self.model = copy.deepcopy(model)
-        self.name = name
+        self.model.set_submodule(name, _Stop())
+        called: set[nn.Module] = set()
+        handles = [m.register_forward_pre_hook(lambda m, _: called.add(m)) for m in self.model.modules()]
+        with torch.no_grad():
+            self(example)
+        for handle in handles:
+            handle.remove()
+        for path, module in list(self.model.named_modules()):
+            if path and module not in called and not any(child in called for child in module.modules()):
+                self.model.set_submodule(path, nn.Identity())
 
     def forward(self, images: Tensor) -> Tensor:
-        received: list[Tensor] = []
-        stage = self.model.get_submodule(self.name)
-        handle = stage.register_forward_pre_hook(lambda _, args: received.append(args[0]))
         try:
             self.model(images)
-        finally:
-            handle.remove()
-        return received[0]
+        except _Reached as reached:
+            return reached.feature
+        raise AssertionError("the model does not call its first dynamic stage")
+
+
+class _Reached(Exception):
+    def __init__(self, feature: Tensor) -> None:
+        super().__init__()
+        self.feature = feature
+
+
+class _Stop(nn.Module):
+    """In the place of a stage: hands its input to ``Stem`` past the rest of the model."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise _Reached(x)
 
 
 def fit_router(model: nn.Module, images: Tensor, target_B: Tensor, count: int) -> Router:
@@ -258,7 +277,7 @@ def fit_router(model: nn.Module, images: Tensor, target_B: Tensor, count: int) -
     name, stage = next(iter(dynamic_stages(model).items()))
     whole = count_macs(open_everything(model), images[:1])
     before = _macs_before(model, name, images[:1])
-    stem = Stem(model, name) if before <= DEAREST_STEM * whole else None
+    stem = Stem(model, name, images[:2]) if before <= DEAREST_STEM * whole else None
     with torch.no_grad():
         probe = Router(stem, stage.channel_axis, 1, count, 0)
         features_BF = torch.cat([probe.features(batch) for batch in images.split(64)]).double()
@@ -304,23 +323,23 @@ def _measure(
     """The validation set through the ONNX files, against the dynamic net; and the share that each wiring gets."""
     total = right_before = right_after = same = routed = 0
     sent_N = np.zeros(len(wirings_NE), dtype=np.int64)
-    runners = [OnnxRunner(folder / f"wiring_{n}.onnx") for n in range(len(wirings_NE))]
-    for images_BCHW, labels_B in val:
-        found = record(model, images_BCHW.float())
-        expected_B = found.logits_BK.argmax(1).numpy()
-        with OnnxRunner(folder / ROUTER) as router:
-            picked_B = router.infer(images_BCHW.numpy().astype(np.float32)).argmax(1)
-        answer_B = np.empty(len(picked_B), dtype=np.int64)
-        for n in np.unique(picked_B):
-            with runners[n] as runner:
-                mine = picked_B == n
-                answer_B[mine] = runner.infer(images_BCHW.numpy()[mine].astype(np.float32)).argmax(1)
-        total += len(picked_B)
-        right_before += int((expected_B == labels_B.numpy()).sum())
-        right_after += int((answer_B == labels_B.numpy()).sum())
-        same += int((answer_B == expected_B).sum())
-        routed += int((picked_B == nearest_wiring(found, wirings_NE).numpy()).sum())
-        sent_N += np.bincount(picked_B, minlength=len(sent_N))
+    with ExitStack() as stack:
+        router = stack.enter_context(OnnxRunner(folder / ROUTER))
+        runners = [stack.enter_context(OnnxRunner(folder / f"wiring_{n}.onnx")) for n in range(len(wirings_NE))]
+        for images_BCHW, labels_B in val:
+            found = record(model, images_BCHW.float())
+            expected_B = found.logits_BK.argmax(1).numpy()
+            images = images_BCHW.numpy().astype(np.float32)
+            picked_B = router.infer(images).argmax(1)
+            answer_B = np.empty(len(picked_B), dtype=np.int64)
+            for n in np.unique(picked_B):
+                answer_B[picked_B == n] = runners[n].infer(images[picked_B == n]).argmax(1)
+            total += len(picked_B)
+            right_before += int((expected_B == labels_B.numpy()).sum())
+            right_after += int((answer_B == labels_B.numpy()).sum())
+            same += int((answer_B == expected_B).sum())
+            routed += int((picked_B == nearest_wiring(found, wirings_NE).numpy()).sum())
+            sent_N += np.bincount(picked_B, minlength=len(sent_N))
     shares = sent_N / total
     return Approximation(
         images=total,

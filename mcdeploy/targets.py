@@ -9,7 +9,6 @@ resnet20_cifar        a timm name: the backbone as timm builds it, with random w
 
 from __future__ import annotations
 
-import copy
 import json
 import tempfile
 from collections.abc import Sequence
@@ -35,7 +34,9 @@ from mcdeploy.backbones.sparsenet import SparseNet
 from mcdeploy.backends.onnx import export_onnx
 from mcdeploy.backends.pytorch import TorchRunner
 from mcdeploy.bench import BenchReport, compare_latency
+from mcdeploy.bench_images import ImagesReport, compare_over_images
 from mcdeploy.checkpoint import FILE_NAME, load_checkpoint
+from mcdeploy.compile.dynamic import count_wirings, open_everything
 from mcdeploy.compile.prune import count_macs, count_parameters
 from mcdeploy.connectivity.ddw import DynamicStage, adjacencies, dynamic_stages
 from mcdeploy.connectivity.nnmass import describe_mass, nn_mass_of_model
@@ -212,6 +213,57 @@ def measure(
         )
 
 
+def measure_over_images(
+    targets: Sequence[Target],
+    backends: Sequence[str],
+    loaders: Loaders,
+    count: int,
+    *,
+    threads: int | None,
+    rounds: int = 5,
+) -> ImagesReport:
+    """Time every target on every backend on validation images, one at a time; see ``bench_images``.
+
+    Before a run with per-image wirings comes its all-open net: the same weights, every edge open, nothing skipped. The
+    first runner is what the others are held against.
+
+    Args:
+        count: how many images, spread evenly over the validation set; all of them if there are fewer.
+
+    Raises:
+        BackendError: a target has no form for a backend, or the machine lacks it.
+    """
+    dataset, size = loaders.val.dataset, loaders.preprocessing.image_size
+    chosen = np.unique(np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int))  # type: ignore[arg-type]
+    images = dataset.__getitems__(chosen.tolist())[0]  # type: ignore[attr-defined]
+    everything: list[Target] = []
+    found: dict[str, int] = {}
+    for target in targets:
+        dynamic = target.module is not None and dynamic_stages(target.module)
+        if target.module is not None and dynamic:
+            everything.append(replace(target, name=f"{target.name}, all open", module=open_everything(target.module)))
+            wirings = count_wirings(target.module.eval(), images)
+            found |= {f"{target.name} [{backend}]": wirings for backend in backends}
+        everything.append(target)
+    progress = Progress(transient=True, disable=not Console().is_terminal)
+    with ExitStack() as stack, progress:
+        bar = progress.add_task("bench", total=1.0)
+        pairs = [(target, backend) for backend in backends for target in everything]
+        runners = [
+            open_runner(target, backend, stack, image_size=size, threads=threads)  # type: ignore[arg-type]
+            for target, backend in pairs
+        ]
+        asked = {"onnx": "cpu", "cuda": "cuda", "tensorrt": "tensorrt"}
+        return compare_over_images(
+            runners,
+            images.numpy().astype(np.float32),
+            wirings=found,
+            rounds=rounds,
+            providers={f"{target.name} [{backend}]": asked[backend] for target, backend in pairs if backend in asked},
+            progress=lambda what, share: progress.update(bar, description=what, completed=share),
+        )
+
+
 def evaluate_target(target: Target, loaders: Loaders, *, image_size: int) -> Accuracy:
     """Top-1 of a target in fp32 on the CPU, over all validation images.
 
@@ -246,7 +298,8 @@ class Inspection:
 
     def to_json(self) -> dict[str, Any]:
         wiring = None if self.topology is None else self.topology.to_json()["stages"]
-        return {"name": self.name, **self.numbers, "stages": wiring, "notes": list(self.notes), "masses": list(self.masses)}
+        said = {"notes": list(self.notes), "masses": list(self.masses)}
+        return {"name": self.name, **self.numbers, "stages": wiring, **said}
 
 
 NUMBERS = {
@@ -285,9 +338,7 @@ def inspect_target(target: Target, image_size: int, loaders: Loaders | None = No
         notes.append(f"no wiring to draw: {error}")
     if dynamic:
         notes.append("the wiring depends on the image; the costs are those with every edge open")
-    everything = copy.deepcopy(model)
-    for stage in dynamic_stages(everything).values():
-        stage.tau.zero_()  # every edge open
+    everything = open_everything(model) if dynamic else model
     try:
         numbers: dict[str, float] = {"parameters": count_parameters(model), "macs": count_macs(everything, example)}
     except (RuntimeError, ValueError, AssertionError, TypeError) as error:
@@ -311,10 +362,8 @@ def inspect_target(target: Target, image_size: int, loaders: Loaders | None = No
     numbers["live_edges"] = count_edges(topology, topology.live())
     if dynamic:
         shares = _measure_wirings(model, loaders) if loaders else (gate_values(model),)
-        values, candidates = open_shares_of(topology, *shares), None
-    else:
-        candidates, values = _learned(target, model)
-    return Inspection(target.name, numbers, topology, candidates, values, tuple(notes), masses)
+        return Inspection(target.name, numbers, topology, None, open_shares_of(topology, *shares), tuple(notes), masses)
+    return Inspection(target.name, numbers, topology, *_learned(target, model), tuple(notes), masses)
 
 
 def _first_line(error: Exception) -> str:

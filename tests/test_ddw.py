@@ -102,7 +102,7 @@ def image_by_image(model, batch_BCHW):
 @pytest.mark.parametrize("aggregate", ["mean", "sum"])
 @pytest.mark.parametrize("router", ROUTERS)
 def test_values_and_gradients_of_a_batch_match_a_loop_over_images(router, aggregate):
-    model = dynamic_resnet(router, aggregate=aggregate, seed=1)
+    model = dynamic_resnet(router, aggregate=aggregate, seed=1, temperature=2.0, tau=0.6, open_bias=3.0)
     other = copy.deepcopy(model)
     x = batch(8)
     found, expected = model(x), image_by_image(other, x)
@@ -113,12 +113,12 @@ def test_values_and_gradients_of_a_batch_match_a_loop_over_images(router, aggreg
 
     found.square().sum().backward()
     expected.square().sum().backward()
-    decided = 0.0
-    for (name, parameter), twin in zip(model.named_parameters(), other.parameters(), strict=True):
-        wanted = twin.grad if twin.grad is not None else torch.zeros_like(parameter)  # a block no image has run
-        assert torch.allclose(parameter.grad, wanted, rtol=1e-9, atol=1e-9 * float(wanted.abs().max())), name
-        decided += float(wanted.abs().sum()) if ".router." in name else 0.0
-    assert decided > 0
+    got, wanted = ({name: p.grad for name, p in net.named_parameters() if p.grad is not None} for net in (model, other))
+    largest = max(float(gradient.abs().max()) for gradient in wanted.values())
+    for name, parameter in model.named_parameters():  # a block that no image has run has no gradient
+        zeros = torch.zeros_like(parameter)
+        assert torch.allclose(got.get(name, zeros), wanted.get(name, zeros), rtol=1e-9, atol=1e-12 * largest), name
+    assert any(gradient.abs().max() > 1e-3 * largest for name, gradient in wanted.items() if ".router." in name)
 
 
 def test_in_training_a_batch_is_computed_with_zeros_for_the_images_that_skip_a_node():
@@ -140,16 +140,18 @@ def test_the_gradient_of_an_edge_weight_is_the_product_of_what_it_joins():
     join = stage._join
 
     def spy(j, features, routing):
-        routing.weights[j].retain_grad()
         joined = join(j, features, routing)
-        joined.retain_grad()
-        seen.append((stage.sources[j], routing.weights[j], joined, dict(features)))
+        if routing.weights[j].requires_grad:  # the first block has a constant edge
+            routing.weights[j].retain_grad()
+            joined.retain_grad()
+            seen.append((stage.sources[j], routing.weights[j], joined, dict(features)))
         return joined
 
     stage._join = spy
     model.train()  # nothing is skipped, and BN mixes the images
     model(batch()).square().sum().backward()
-    for sources, weights_BS, joined, features in seen[1:]:  # the first block has a constant edge
+    assert len(seen) == 4
+    for sources, weights_BS, joined, features in seen:
         for position, i in enumerate(sources):
             expected_B = (joined.grad * features[i].detach()).sum((1, 2, 3))
             assert torch.allclose(weights_BS.grad[:, position], expected_B, rtol=1e-9, atol=1e-12)
@@ -166,13 +168,13 @@ def test_with_only_the_chain_open_a_model_is_bit_identical_to_timms(name, size):
     model, x = timm_model(name), images(2, size)
     keys = list(model.state_dict())
     with torch.no_grad():
-        expected = model(x)
+        expected, single = model(x), model(x[:1])
         mcdeploy.wire(model, "ddw", image_size=size)
         set_biases(model, lambda stage, i, j: OPEN if i == j - 1 else CLOSED)
         assert torch.equal(model(x), expected)
-        assert torch.equal(model(x[:1]), expected[:1]) or torch.allclose(model(x[:1]), expected[:1], rtol=1e-5)
+        assert torch.equal(model(x[:1]), single)
         set_biases(model, lambda stage, i, j: OPEN)
-        assert not torch.allclose(model(x), expected)
+        assert not torch.equal(model(x), expected)
     extra = [key for key in model.state_dict() if key not in keys]
     assert set(keys) <= set(model.state_dict())
     assert extra
@@ -254,7 +256,7 @@ def test_where_every_edge_is_closed_the_output_reads_the_newest_node_that_runs(r
     expected = model.forward_head(model.layer3[0](model.layer2[0](stem)))
     if training:
         for stage in dynamic_stages(model).values():
-            stage.train()  # the flag of the stage alone: BN stays as it is
+            stage.training = True  # the flag of the stage alone: BN stays as it is
     found = model(x)
     assert torch.equal(found, expected)
     found.sum().backward()
@@ -262,12 +264,22 @@ def test_where_every_edge_is_closed_the_output_reads_the_newest_node_that_runs(r
     assert x.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("router", ROUTERS)
+def test_newest_means_the_last_block_that_runs_and_not_the_last_block(router):
+    model = dynamic_resnet(router)
+    set_biases(model, lambda stage, i, j: OPEN if (i, j) in ((0, 1), (1, 3)) else CLOSED)
+    x = batch(3)
+    stem = model.act1(model.bn1(model.conv1(x)))
+    stage = dynamic_stages(model)["layer1"]
+    assert torch.equal(stage(stem), stage[2](stage[0](stem)))
+
+
 def test_closed_edges_get_no_gradient_from_the_task_and_one_from_the_penalty():
     model = dynamic_resnet("stage", aggregate="sum", target_open=0.9)
     set_biases(model, lambda stage, i, j: 1.0 if i == j - 1 else -1.0)
     edges, bias = dynamic_stages(model)["layer1"].routed[0], model.layer1.router["0"].bias
     model.train()
-    model(batch()).square().sum().backward()
+    model(batch()).square().sum().backward(retain_graph=True)
     is_open = torch.tensor([i == j - 1 for i, j in edges])
     assert (bias.grad[is_open] != 0).all()
     assert (bias.grad[~is_open] == 0).all()
@@ -296,16 +308,15 @@ def test_the_penalty_is_the_squared_distance_of_the_executed_share_from_its_targ
     model = dynamic_resnet("stage", target_open=0.25, penalty=3.0).train()
     model(batch())
     stages = list(dynamic_stages(model).values())
-    done = sum((stage.last.executed[stage.index][:, 1:-1] @ _macs(stage)).mean() for stage in stages)
-    share = float(done) / sum(sum(stage.macs) for stage in stages)
+    done = sum(
+        macs * float(executed_B.double().mean())
+        for stage in stages
+        for macs, executed_B in zip(stage.macs, stage.last.executed[stage.index].T[1:-1], strict=True)
+    )
+    share = done / sum(sum(stage.macs) for stage in stages)
     assert sum(hooks(model, "penalty")).item() == pytest.approx(3 * (share - 0.25) ** 2)
     assert sum(hooks(model, "penalty")).item() == 0  # no forward pass since
     assert sum(hooks(dynamic_resnet("stage").train(), "penalty")).item() == 0
-
-
-def _macs(stage):
-    stage.last.executed[stage.index] = stage.last.executed[stage.index].double()
-    return torch.tensor(stage.macs).double()
 
 
 @pytest.mark.parametrize(("target", "bias"), [(0.5, 1.5), (0.9, -0.5)])
@@ -391,11 +402,10 @@ def test_under_autocast_routers_and_penalty_stay_in_float32():
     assert model.layer3.router["0"].bias.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("router", ROUTERS)
-def test_a_compiled_step_is_one_graph_with_the_eager_values_and_gradients(router):
-    model = dynamic_resnet(router, num_blocks=2, target_open=0.5).train()
+def test_a_compiled_step_is_one_graph_with_the_eager_values_and_gradients():
+    model = dynamic_resnet("stage", num_blocks=2, target_open=0.5).train()
     other = copy.deepcopy(model)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
     for step in range(2):
         for run, net in ((compiled, model), (other, other)):
             (run(batch(5, step)).square().mean() + sum(hooks(net, "penalty"))).backward()

@@ -216,17 +216,27 @@ def test_blocks_with_nothing_to_learn_have_no_gate_and_do_not_set_the_scale():
 
 
 def test_an_edge_of_a_dynamic_wiring_says_how_often_it_is_open_and_how_it_weighs():
-    shares, weights = [[1.0], [0.5, 0.0], [0.125, 1.0, 0.0]], [[1.0], [0.75, 0.0], [0.6, 0.5, 0.0]]
+    shares, weights = [[1.0], [0.5, 0.25], [0.125, 1.0, 0.75]], [[1.0], [0.75, 0.3], [0.6, 0.5, 0.9]]
     found = edges(DAG, values=open_shares_of(DAG, {"layer1": shares}, {"layer1": weights}))
-    often, never = (
-        found["layer1.0 reads input of layer1 (open for 100.0% of the images, with a mean weight of 1.00)"],
-        (found["layer1.1 reads layer1.0 (open for 0.0% of the images)"]),
-    )
+    often = found["layer1.0 reads input of layer1 (open for 100.0% of the images, with a mean weight of 1.00)"]
+    seldom = found["layer1.output reads input of layer1 (open for 12.5% of the images, with a mean weight of 0.60)"]
     assert float(often[1]["stroke-width"]) == 5.0
-    assert float(never[1]["stroke-width"]) < 1
-    assert float(never[1]["stroke-opacity"]) < 0.3
+    assert float(seldom[1]["stroke-width"]) < 1.3
     without = edges(DAG, values=open_shares_of(DAG, {"layer1": shares}))
     assert "layer1.output reads input of layer1 (open for 12.5% of the images)" in without
+
+
+def test_edges_that_no_image_opens_are_drawn_dead_and_so_is_what_only_they_lead_to():
+    values = open_shares_of(DAG, {"layer1": [[1.0], [0.5, 0.5], [0.5, 1.0, 0.0]]})
+    found = shapes(DAG, values=values)
+    assert found["mcw-dead"] == [
+        "layer1.1 reads input of layer1 (open for 50.0% of the images, dead)",
+        "layer1.1 reads layer1.0 (open for 50.0% of the images, dead)",
+        "layer1.output reads layer1.1 (open for 0.0% of the images, dead)",
+        "layer1.1: dead, no output depends on it",
+    ]
+    gates = gate_values_of(DAG, {"layer1": [[1.0], [0.5, 0.5], [0.5, 0.5, 0.0]]})
+    assert "mcw-dead" not in shapes(DAG, values=gates)  # kept, if only by its rank
 
 
 def test_parallel_branches_stand_in_columns_one_a_module():
@@ -286,6 +296,7 @@ def test_every_label_of_the_legend_is_inside_the_picture_and_none_covers_another
     spans = [(float(t.get("y")), float(t.get("x")), float(t.get("x")) + 6.4 * len(t.text)) for t in texts]
     assert max(end for *_, end in spans) < float(svg.get("width"))
     assert max(y for y, *_ in spans) < float(svg.get("height"))
+    assert len({y for y, *_ in spans}) > 1  # rows, so that a small wiring is not shrunk by its legend
     for (y, _, end), (y2, start2, _) in pairwise(spans):
         assert y2 > y or start2 > end
 

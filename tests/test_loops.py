@@ -37,11 +37,12 @@ class Host(nn.Module):
         self.shifts_GC = nn.Parameter(torch.randn(len(blocks), 8))
         self.head = nn.Linear(blocks[-1].b.out_features, 10)
         self.between = between
+        self.widths = [block.a.in_features for block in blocks]
 
     def forward(self, x_BCHW):
         x = self.stem(x_BCHW.flatten(2).transpose(1, 2))
         for i, block in enumerate(self.blocks):
-            x = block(x, self.shifts_GC[i][: block.a.in_features], scale=1 + 0.1 * i)
+            x = block(x, self.shifts_GC[i, : self.widths[i]], scale=1 + 0.1 * i)
             if self.between is not None:
                 x = self.between(i, x)
         return self.head(x.mean(1))

@@ -13,7 +13,7 @@ LINE = [
     "backbones", "connectivity.fixed", "connectivity.sparse", "connectivity.maskconnect", "connectivity.gateconnect",
     "connectivity.ddw", "connectivity.nnmass", "connectivity.rules", "connectivity", "recipe", "data", "checkpoint",
     "model", "evaluate", "train", "compile.prune", "compile.fold", "compile.certify", "compile", "memory", "backends.onnx",
-    "backends.pytorch", "backends", "verify", "bench", "package", "draw", "report", "targets", "demo", "cli",
+    "backends.pytorch", "backends", "verify", "bench", "package", "draw", "report", "search", "targets", "demo", "cli",
 ]  # fmt: skip
 
 

@@ -55,6 +55,24 @@ DEPTH = 4  # blocks, where the constructor takes a depth: a transformer of 12 eq
 TRIED = 16  # models of a family that are looked at for one with something to wire
 PROCESSES = multiprocessing.get_context("forkserver")  # imports torch and timm once
 HEAD = ("family", "model", "pixels", "stages", "blocks", "parameters", "compiled", "result")
+PAGE = f"""# The zoo: one small model of every timm module file through the whole pipeline
+
+Command: `python -m tests.zoo`
+
+{{date}}, {{versions}}, CPU, one thread.
+
+**{{summary}}** of {{families}} families.
+
+Each: random scrambled weights, stages found, chain bit-identical to timm's own with the same keys, one step of
+MaskConnect (fan-in 1, gates that start at random), frozen, compiled with certificate, exported to ONNX with dynamic
+batch, onnxruntime within {RTOL:g} of torch at batches of 1 and 3. *model* is the smallest of its file that has
+something to wire (timm's `test_*` first; with {DEPTH} blocks where it takes a depth), *pixels* the smallest image it
+takes, *blocks* those in wired stages, *compiled* the parameters left without the dead blocks; which ones die is chance
+here, nothing was trained.
+
+Files without a model of their own: {{others}}, and those that start with `_`.
+
+"""
 
 
 @dataclass
@@ -293,30 +311,15 @@ def table(rows: list[Row]) -> str:
     count = {result: sum(row.result == result for row in rows) for result in ("ok", "refused", "broken")}
     files = {path.stem for path in Path(timm.models.__file__).parent.glob("*.py")}
     others = sorted(name for name in files.difference(list_modules()) if not name.startswith("_"))
-    lines = [
-        "# The zoo: one small model of every timm module file through the whole pipeline",
-        "",
-        "Command: `python -m tests.zoo`",
-        "",
-        f"{datetime.date.today()}, torch {torch.__version__}, timm {timm.__version__}, "
-        f"onnxruntime {onnxruntime.__version__}, CPU, one thread.",
-        "",
-        f"**{count['ok']} ok, {count['refused']} refused, {count['broken']} broken** of {len(rows)} families.",
-        "",
-        "Each: random scrambled weights, stages found, chain bit-identical to timm's own with the same keys, one",
-        "step of MaskConnect (fan-in 1, gates that start at random), frozen, compiled with certificate, exported to",
-        f"ONNX with dynamic batch, onnxruntime within {RTOL:g} of torch at batches of 1 and 3. *model* is the smallest of",
-        f"its file that has something to wire (timm's `test_*` first; with {DEPTH} blocks where it takes a depth), *pixels*",
-        "the smallest image it takes, *blocks* those in wired stages, *compiled* the parameters left without the dead",
-        "blocks; which ones die is chance here, nothing was trained.",
-        "",
-        f"Files without a model of their own: {', '.join(others)}, and those that start with `_`.",
-        "",
-        f"| {' | '.join(HEAD)} |",
-        f"|{'---|' * len(HEAD)}",
-        *(f"| {' | '.join(row.cells())} |" for row in rows),
-    ]
-    return "\n".join(lines) + "\n"
+    head = PAGE.format(
+        date=datetime.date.today(),
+        versions=f"torch {torch.__version__}, timm {timm.__version__}, onnxruntime {onnxruntime.__version__}",
+        summary=f"{count['ok']} ok, {count['refused']} refused, {count['broken']} broken",
+        families=len(rows),
+        others=", ".join(others),
+    )
+    cells = (HEAD, ("---",) * len(HEAD), *(row.cells() for row in rows))
+    return head + "".join(f"| {' | '.join(line)} |\n" for line in cells)
 
 
 def main(arguments: list[str] | None = None) -> int:

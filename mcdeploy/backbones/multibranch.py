@@ -57,7 +57,6 @@ class BranchModule(nn.Module):
         self.width = width
         self.num_branches = num_branches
         self.stride = stride
-        self.live: tuple[int, ...] | None = None  # the branches that run; None: all
         inner, outer = num_branches * width, num_branches * out_channels
         self.conv1 = nn.Conv2d(in_channels, inner, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(inner)
@@ -76,7 +75,7 @@ class BranchModule(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """The ResNeXt block: all branches read x, their sum and the shortcut are added."""
-        return self.act3(sum_branches(self.residuals(x_BCHW), self.num_branches) + self.identities(x_BCHW))
+        return self.act3(sum_branches(self.residuals(x_BCHW), self.out_channels) + self.identities(x_BCHW))
 
     def set_inputs(self, *, shared: bool) -> None:
         """Let all branches read one tensor, [B, C, H, W], or each its own, [B, K*C, H, W]. The weight is the same."""
@@ -88,11 +87,18 @@ class BranchModule(nn.Module):
             self.conv1 = nn.Conv2d(groups * self.in_channels, old.out_channels, 1, groups=groups, bias=False)
         self.conv1.weight = old.weight
 
-    def residuals(self, x: Tensor) -> Tensor:
-        """F_k(x_k) of every live branch. x: [B, K*C, H, W], or [B, C, H, W] when shared; returns [B, K*C', H', W']."""
-        x = self.act1(self._norm(self.bn1, self._convolve(self.conv1, x)))
-        x = self.act2(self._norm(self.bn2, self._convolve(self.conv2, x)))
-        return self._norm(self.bn3, self._convolve(self.conv3, x))
+    def residuals(self, x: Tensor, live: tuple[int, ...] | None = None) -> Tensor:
+        """F_k(x_k) of every branch, or of the ``live`` ones alone.
+
+        Args:
+            x: what each branch that runs reads, [B, K*C, H, W], or [B, C, H, W] for all of them.
+
+        Returns:
+            [B, K*C', H', W'].
+        """
+        x = self.act1(self._norm(self.bn1, self._convolve(self.conv1, x, live), live))
+        x = self.act2(self._norm(self.bn2, self._convolve(self.conv2, x, live), live))
+        return self._norm(self.bn3, self._convolve(self.conv3, x, live), live)
 
     def identities(self, x: Tensor) -> Tensor:
         """The shortcut of every input in x, by the one projection that all branches share; shapes as ``residuals``."""
@@ -122,47 +128,48 @@ class BranchModule(nn.Module):
         size = len(tensor) // self.num_branches
         return torch.cat([tensor.narrow(0, branch * size, size) for branch in kept])
 
-    def _convolve(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
-        if self.live is None:
+    def _convolve(self, conv: nn.Conv2d, x: Tensor, live: tuple[int, ...] | None) -> Tensor:
+        groups = x.shape[1] // conv.weight.shape[1]
+        if live is None and groups == conv.groups:
             y: Tensor = conv(x)
             return y
-        groups = 1 if conv.groups == 1 else len(self.live)
-        return F.conv2d(x, self._rows(conv.weight, self.live), None, conv.stride, conv.padding, conv.dilation, groups)
+        weight = conv.weight if live is None else self._rows(conv.weight, live)
+        return F.conv2d(x, weight, None, conv.stride, conv.padding, conv.dilation, groups)
 
-    def _norm(self, bn: nn.BatchNorm2d, x: Tensor) -> Tensor:
-        if self.live is None:
+    def _norm(self, bn: nn.BatchNorm2d, x: Tensor, live: tuple[int, ...] | None) -> Tensor:
+        if live is None:
             y: Tensor = bn(x)
             return y
         assert bn.running_mean is not None
         assert bn.running_var is not None
         assert bn.num_batches_tracked is not None
-        mean, var = self._rows(bn.running_mean, self.live), self._rows(bn.running_var, self.live)
+        mean, var = self._rows(bn.running_mean, live), self._rows(bn.running_var, live)
         share = bn.momentum
         if self.training:
             bn.num_batches_tracked.add_(1)
             if share is None:  # a cumulative average, as torch's own
                 share = 1.0 / float(bn.num_batches_tracked)
-        scale, shift = self._rows(bn.weight, self.live), self._rows(bn.bias, self.live)
+        scale, shift = self._rows(bn.weight, live), self._rows(bn.bias, live)
         y = F.batch_norm(x, mean, var, scale, shift, self.training, share or 0.0, bn.eps)
         if self.training:
             size = bn.num_features // self.num_branches
             with torch.no_grad():
                 for old, new in ((bn.running_mean, mean), (bn.running_var, var)):
-                    for part, branch in zip(new.split(size), self.live, strict=True):
+                    for part, branch in zip(new.split(size), live, strict=True):
                         old[branch * size : (branch + 1) * size] = part
         return y
 
 
-def sum_branches(x: Tensor, num_branches: int) -> Tensor:
-    """[B, K*C, H, W] to [B, C, H, W]."""
-    return x.unflatten(1, (num_branches, -1)).sum(1) if num_branches > 1 else x
+def sum_branches(x: Tensor, channels: int) -> Tensor:
+    """[B, K*C, H, W] to [B, C, H, W]; C is ``channels``."""
+    return x if x.shape[1] == channels else x.unflatten(1, (-1, channels)).sum(1)
 
 
 def as_branches(block: nn.Module) -> BranchModule | None:
     """A block of timm's ResNeXt as a module of branches, the same function in evaluation mode; None for other blocks.
 
     The BN after the sum becomes one a branch. With C branches of about equal variance each takes 1/C of the mean, of
-    the variance v (of v + eps, to be exact) and of beta, and gamma / sqrt(C), so that training, too, starts close to it.
+    the variance v (of v + eps, to be exact) and of beta, and gamma / sqrt(C), so that training starts close to it, too.
     """
     if not isinstance(block, Bottleneck) or not _is_plain(block):
         return None

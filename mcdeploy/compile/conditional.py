@@ -87,7 +87,7 @@ class ExportedStage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: the stage's input, [B, C, H, W] or whatever the host's blocks hand on; returns the output node."""
-        weights_BE, executed_N = self._route(x)
+        weights_BE, executed_N = self.route(x)
         by_reader = weights_BE.to(x.dtype).reshape(-1, len(self.edges), *[1] * (x.dim() - 2)).split(self.fan_ins, 1)
         weights = dict(zip(self.readers, by_reader, strict=True))
         features = {0: x}
@@ -104,7 +104,7 @@ class ExportedStage(nn.Module):
                 features[j] = block(_join(weights[j], *inputs))
         return features[len(self.block_names)]
 
-    def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What every node weighs its sources by, [B, E], and which nodes some image executes, bool [N]."""
         dims = [dim for dim in range(1, x.dim()) if dim != self.channel_axis % x.dim()]
         z_BR = self.router["0"](x.mean(dims, dtype=self.tau.dtype))

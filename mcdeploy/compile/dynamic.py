@@ -3,7 +3,7 @@
 On calibration images, in float64, per stage and with A the edge weights of ``connectivity.ddw``:
 
     an edge that is open for no image           goes; a router keeps only the rows it still decides
-    an edge open for every image, A constant    becomes that constant
+    an edge always open where its source runs, A constant    becomes that constant
     the only edge a node still has, always open, aggregate: mean     becomes 1, since A / A = 1
     a node without a way to the output          loses its edges; ``drop_dead_blocks`` removes it
 
@@ -47,7 +47,8 @@ class Record:
     open_BE: dict[str, Tensor]  # bool
     weights_BE: dict[str, Tensor]  # 0 where closed
     executed_BN: dict[str, Tensor]  # bool
-    margin_B: Tensor  # smallest |alpha - tau| of the image over all edges
+    alpha_BE: dict[str, Tensor]  # before the threshold; NaN where the router was not called
+    margin_B: Tensor  # smallest |alpha - tau| of the image over all edges that a router decides
     logits_BK: Tensor
 
 
@@ -59,7 +60,7 @@ class Calibration:
     wirings: int  # different ones, of the whole net
     wiring_unchanged: float  # share of the calibration images that open the same edges as before
     near_threshold: int  # calibration images with an edge within 1e-4 of the threshold
-    executed: float  # mean share of the remaining MACs of dynamic stages that an image executes
+    skipped_macs: int  # of the blocks that are left, what an image does not execute, mean
     decisions: tuple[int, int]  # edges that a router decides, before and after
 
     def to_json(self) -> dict[str, Any]:
@@ -74,40 +75,59 @@ def record(model: nn.Module, images: Tensor) -> Record:
         images: [B, C, H, W], B >= 1, of the model's type and on its device.
     """
     stages = dynamic_stages(model)
-    rows: list[list[Tensor]] = []
-    with torch.no_grad(), _margins(stages) as margins:
+    logits: list[Tensor] = []
+    margins: list[Tensor] = []
+    kinds: tuple[dict[str, list[Tensor]], ...] = tuple({name: [] for name in stages} for _ in range(4))
+    with torch.no_grad(), _listening(stages) as heard:
         for batch in images.split(BATCH):
-            logits_BK = model(batch)
-            margin_B = torch.stack([m.amin(1) for m in margins]).amin(0) if margins else batch.new_ones(len(batch))
-            margins.clear()
-            by_stage = [
-                (s.last.open[s.index], s.last.weights[s.index], s.last.executed[s.index]) for s in stages.values()
-            ]
-            rows.append([logits_BK, margin_B, *(tensor for found in by_stage for tensor in found)])
-    logits_BK, margin_B, *rest = [torch.cat(parts) for parts in zip(*rows, strict=True)]
-    kinds = [dict(zip(stages, rest[kind::3], strict=True)) for kind in range(3)]
-    return Record(kinds[0], kinds[1], kinds[2], margin_B, logits_BK)
+            heard.clear()
+            logits.append(model(batch))
+            margin_B = torch.full((len(batch),), torch.inf, dtype=batch.dtype, device=batch.device)
+            for name, stage in stages.items():
+                last, alpha_BE = stage.last, _alphas(name, stage, heard, len(batch))
+                found = (last.open[stage.index], last.weights[stage.index], last.executed[stage.index], alpha_BE)
+                for kind, tensor in zip(kinds, found, strict=True):
+                    kind[name].append(tensor)
+                decided = [e for e, edge in enumerate(stage.edges) if edge not in stage.constant]
+                distance_BE = (alpha_BE[:, decided] - stage.tau).abs().nan_to_num(nan=torch.inf)
+                margin_B = torch.minimum(margin_B, distance_BE.amin(1)) if decided else margin_B
+            margins.append(margin_B)
+    whole = [{name: torch.cat(parts) for name, parts in kind.items()} for kind in kinds]
+    return Record(whole[0], whole[1], whole[2], whole[3], torch.cat(margins), torch.cat(logits))
 
 
 @contextmanager
-def _margins(stages: Mapping[str, DynamicStage]) -> Iterator[list[Tensor]]:
-    """|alpha - tau| of every router that is called, [B, R] each."""
-    found: list[Tensor] = []
+def _listening(stages: Mapping[str, DynamicStage]) -> Iterator[dict[tuple[str, int], Tensor]]:
+    """What every router that is called answers, [B, R], by stage and node."""
+    heard: dict[tuple[str, int], Tensor] = {}
 
-    def keep(stage: DynamicStage) -> Any:
+    def keep(name: str, node: int) -> Any:
         def hook(_: nn.Module, __: Any, z_BR: Tensor) -> None:
-            found.append((torch.sigmoid(z_BR / stage.temperature) - stage.tau).abs())
+            heard[name, node] = z_BR
 
         return hook
 
     handles = [
-        router.register_forward_hook(keep(stage)) for stage in stages.values() for router in stage.router.values()
+        stage.router[str(node)].register_forward_hook(keep(name, node))
+        for name, stage in stages.items()
+        for node in stage.routed
     ]
     try:
-        yield found
+        yield heard
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _alphas(name: str, stage: DynamicStage, heard: Mapping[tuple[str, int], Tensor], count: int) -> Tensor:
+    position = {edge: e for e, edge in enumerate(stage.edges)}
+    alpha_BE = stage.tau.new_full((count, len(stage.edges)), torch.nan)
+    for edge, weight in stage.constant.items():
+        alpha_BE[:, position[edge]] = weight
+    for node, edges in stage.routed.items():
+        if (name, node) in heard:
+            alpha_BE[:, [position[edge] for edge in edges]] = torch.sigmoid(heard[name, node] / stage.temperature)
+    return alpha_BE
 
 
 def settled(model: nn.Module, images: Tensor) -> Tensor:
@@ -126,10 +146,7 @@ def same_wiring(before: Record, after: Record, edges: Mapping[str, tuple[list[in
     same_B = torch.ones(len(before.margin_B), dtype=torch.bool)
     for name, (kept, gone) in edges.items():
         same_B &= ~before.open_BE[name][:, gone].any(1).cpu()
-        if name in after.open_BE:
-            same_B &= (before.open_BE[name][:, kept] == after.open_BE[name]).all(1).cpu()
-        else:  # the stage became static: all that is left is always open
-            same_B &= before.open_BE[name][:, kept].all(1).cpu()
+        same_B &= (before.open_BE[name][:, kept] == after.open_BE[name]).all(1).cpu()
     return same_B
 
 
@@ -157,7 +174,7 @@ def narrow(model: nn.Module, images: Tensor) -> tuple[dict[str, list[str]], Cali
     stages = dynamic_stages(model)
     removed: dict[str, list[str]] = {}
     for name, stage in stages.items():
-        small, why = _narrowed(name, stage, found.open_BE[name], found.weights_BE[name], found.executed_BN[name])
+        small, why = _narrowed(name, stage, found)
         model.set_submodule(name, small)
         for reason, what in why.items():
             removed.setdefault(f"{reason} on {len(images)} calibration images", []).extend(what)
@@ -169,7 +186,7 @@ def narrow(model: nn.Module, images: Tensor) -> tuple[dict[str, list[str]], Cali
         wirings=len(torch.cat(list(after.open_BE.values()), 1).unique(dim=0)),
         wiring_unchanged=float(same_B.double().mean()),
         near_threshold=int((found.margin_B < NEAR_THRESHOLD).sum()),
-        executed=_executed(dynamic_stages(model), after),
+        skipped_macs=round(_skipped_macs(dynamic_stages(model), after)),
         decisions=(_decisions(stages), _decisions(dynamic_stages(model))),
     )
     return {reason: what for reason, what in removed.items() if what}, calibration, check
@@ -187,20 +204,18 @@ def edge_positions(
     return found
 
 
-def _narrowed(
-    name: str, stage: DynamicStage, open_BE: Tensor, weights_BE: Tensor, executed_BN: Tensor
-) -> tuple[DynamicStage, dict[str, list[str]]]:
+def _narrowed(name: str, stage: DynamicStage, found: Record) -> tuple[DynamicStage, dict[str, list[str]]]:
+    open_BE, executed_BN = found.open_BE[name], found.executed_BN[name]
     position = {edge: e for e, edge in enumerate(stage.edges)}
     ever = [edge for edge in stage.edges if bool(open_BE[:, position[edge]].any())]
     useful = _between(0, len(stage.block_names), ever)
     kept = [edge for edge in ever if useful.issuperset(edge)]
     constant: dict[Edge, float] = {}
     for edge in kept:
-        weight_B, alone = weights_BE[:, position[edge]], sum(j == edge[1] for _, j in kept) == 1
         if edge in stage.constant:
             constant[edge] = stage.constant[edge]
-        elif bool(open_BE[:, position[edge]].all()):
-            if alone and stage.aggregate == "mean":
+        elif (weight_B := _weights_if_always_open(name, stage, position[edge], found)) is not None:
+            if stage.aggregate == "mean" and sum(j == edge[1] for _, j in kept) == 1:
                 constant[edge] = 1.0
             elif float(weight_B.max() - weight_B.min()) <= TOLERANCE * float(weight_B.max()):
                 constant[edge] = float(weight_B.mean())
@@ -222,6 +237,19 @@ def _narrowed(
             f"{name}.router.{node}" for node in stage.routed if node not in small.routed
         ],
     }
+
+
+def _weights_if_always_open(name: str, stage: DynamicStage, e: int, found: Record) -> Tensor | None:
+    """The weights of an edge, one an image, if it is open whenever its source runs; else None.
+
+    Where the stage's input decides, the weight is known for every image. Where the source's own feature does, it counts
+    for the images that run the source.
+    """
+    if bool(found.open_BE[name][:, e].all()):
+        return found.weights_BE[name][:, e]
+    runs_B = slice(None) if stage.known_at_start else found.executed_BN[name][:, stage.edges[e][0]]
+    alpha_B = found.alpha_BE[name][runs_B, e]
+    return alpha_B if bool((alpha_B >= stage.tau).all()) else None
 
 
 def _between(first: int, last: int, edges: list[Edge]) -> set[int]:
@@ -251,13 +279,14 @@ def _check_same_logits(before_BK: Tensor, after_BK: Tensor, images: int) -> Chec
     )  # fmt: skip
 
 
-def _executed(stages: Mapping[str, DynamicStage], found: Record) -> float:
-    macs = sum(sum(stage.macs) for stage in stages.values())
-    done = sum(
-        float((found.executed_BN[name][:, 1:-1].double().mean(0) * torch.tensor(stage.macs, dtype=torch.float64)).sum())
+def _skipped_macs(stages: Mapping[str, DynamicStage], found: Record) -> float:
+    """MACs of the nodes that still have a source and that an image does not execute, mean over the images."""
+    return sum(
+        stage.macs[j - 1] * float((~found.executed_BN[name][:, j]).double().mean())
         for name, stage in stages.items()
+        for j in range(1, len(stage.block_names))
+        if stage.sources[j]
     )
-    return done / macs if macs else 1.0
 
 
 def _decisions(stages: Mapping[str, DynamicStage]) -> int:
@@ -363,14 +392,20 @@ def open_everything(model: nn.Module) -> nn.Module:
     form = copy.deepcopy(model)
     for stage in dynamic_stages(form).values():
         stage.tau.fill_(0.0)
+        stage.always = frozenset(range(1, len(stage.sources)))
     return form
+
+
+def count_wirings(model: nn.Module, images: Tensor) -> int:
+    """How many different wirings of the whole net the images have.
+
+    Args:
+        model: in evaluation mode, with at least one dynamic stage.
+    """
+    return len(torch.cat(list(record(model, images).open_BE.values()), 1).unique(dim=0))
 
 
 def mean_macs(model: nn.Module, example: Tensor, calibration: Calibration | None) -> int:
     """Multiply-accumulates of one image, the mean over the calibration images where wirings differ."""
     everything = count_macs(open_everything(model), example)
-    if calibration is None:
-        return everything
-    return everything - round(
-        (1 - calibration.executed) * sum(sum(stage.macs) for stage in dynamic_stages(model).values())
-    )
+    return everything if calibration is None else everything - calibration.skipped_macs

@@ -92,6 +92,7 @@ def count_macs(model: nn.Module, example: torch.Tensor) -> int:
     """Multiply-accumulates of one image, by torch's own counter (convolutions, linear layers, attention)."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    # the counter hooks into autograd: without it, it fails on blocks that receive a slice of a parameter
+    with torch.enable_grad(), FlopCounterMode(display=False) as counter:
         model(example[:1])
     return counter.get_total_flops() // 2

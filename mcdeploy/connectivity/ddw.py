@@ -557,11 +557,13 @@ def install(model: nn.Module, example: Tensor, config: DdwConfig) -> None:
     Raises:
         WiringError: there is none, or the model has a child named ``output`` or ``router`` in one.
     """
-    found = find_stages(model, example)
+    # a container that the host walks has no forward whose blocks a router could choose from
+    found = tuple(stage for stage in find_stages(model, example) if not stage.loop)
     stages = [stage for stage in found if len(_sources(stage, len(stage.blocks) + 1)) > 1]
     if not stages:
         raise WiringError(
-            f"{type(model).__name__}: no stage has a block that keeps the shape, so there is nothing to decide"
+            f"{type(model).__name__}: no container that is called as a whole has a block that keeps the shape, "
+            "so there is nothing to decide"
         )
     macs = _block_macs(model, example)
     channel_axis = _channel_axis(found)

@@ -100,6 +100,7 @@ class StaticRoute(nn.Module):
     ) -> None:
         super().__init__()
         self.num_sources = num_sources
+        self.channels = channels
         self.fan_in = len(reads[0])
         self.scale = scale
         self.form = form or ROUTE_FORM
@@ -107,23 +108,25 @@ class StaticRoute(nn.Module):
         rows = reads[:1] if self.is_shared else reads
         self.is_same = self.fan_in == 1 and rows == tuple((k,) for k in range(num_sources))
         self.sums_all = self.is_shared and self.fan_in == num_sources
-        if self.form == "matmul" and self.fan_in > 1:
+        if self.form == "matmul":
             matrix_JK = torch.zeros(len(rows), num_sources, device=device)
             for j, row in enumerate(rows):
                 matrix_JK[j, list(row)] = scale
             self.register_buffer("matrix_JK", matrix_JK, persistent=False)
         else:
-            for position in range(self.fan_in):  # channels of every reader's position-th source
-                picked = [row[position] * channels + c for row in rows for c in range(channels)]
-                self.register_buffer(f"pick{position}", torch.tensor(picked, device=device), persistent=False)
+            sources_JP = torch.tensor(rows, device=device)
+            channels_C = torch.arange(channels, device=device)
+            for position in range(self.fan_in):  # the channels of every reader's source at this position
+                picked_JC = sources_JP[:, position, None] * channels + channels_C
+                self.register_buffer(f"pick{position}", picked_JC.flatten(), persistent=False)
 
     def forward(self, y: Tensor) -> Tensor:
         """[B, K*C, H, W] to [B, J*C, H, W], or to [B, C, H, W] when all readers read the same."""
         if self.is_same:
             return y
         if self.sums_all:
-            x = sum_branches(y, self.num_sources)
-        elif self.form == "matmul" and self.fan_in > 1:
+            x = sum_branches(y, self.channels)
+        elif self.form == "matmul":
             return mix(self.get_buffer("matrix_JK"), y)
         else:
             x = y.index_select(1, self.get_buffer("pick0"))
@@ -177,11 +180,16 @@ class BranchStack(WiredModule):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """x: the stem's output, read by all branches of module 0; returns the sum over the last module's branches."""
+        routes, live = list(self.routes), self._live
+        if self.fan_in is not None and not self.training:  # what ``fix`` would leave, bit by bit
+            reads = self._active()
+            live = _live_branches(reads)
+            routes = self._static_routes(reads, live)
         x = x_BCHW
-        for i in range(len(self.names)):
-            module, route = self._module(i), self.routes[i]
-            residuals, identities = module.residuals(x), module.identities(x)
-            x = module.act3(_join(route, residuals, identities, self._share(i)))
+        for i, route in enumerate(routes):
+            module = self._module(i)
+            residuals = module.residuals(x, None if len(live[i]) == module.num_branches else live[i])
+            x = module.act3(_join(route, residuals, module.identities(x), self._share(i)))
         return x
 
     @property
@@ -198,9 +206,7 @@ class BranchStack(WiredModule):
         self._build_routes()
 
     def wiring(self, name: str) -> StageWiring:
-        return self._as_wiring(
-            name, [route.active() if isinstance(route, GatedRoute) else self.reads[i] for i, route in self._routes()]
-        )
+        return self._as_wiring(name, self._active())
 
     def candidates(self, name: str) -> StageWiring:
         """Every branch of the module before; the sum reads what it reads."""
@@ -231,7 +237,7 @@ class BranchStack(WiredModule):
         self.skip = frozenset(range(1, len(wiring.blocks) + 1)) - live
 
     def pruned(self, kept: tuple[int, ...], moved: Mapping[Node, Node]) -> nn.Module:
-        live = self._live(frozenset(range(1, sum(map(len, self.names)) + 1)) - set(kept))
+        live = self._not_in(frozenset(range(1, sum(map(len, self.names)) + 1)) - set(kept))
         return BranchStack(
             [self._module(i).with_branches(row) for i, row in enumerate(live)],
             [[self.names[i][k] for k in row] for i, row in enumerate(live)],
@@ -243,16 +249,26 @@ class BranchStack(WiredModule):
     def gate_values(self) -> list[list[float]] | None:
         if self.fan_in is None:
             return None
-        learned = [row for _, route in self._routes() if isinstance(route, GatedRoute) for row in route.values()]
+        learned = [row for route in self.routes if isinstance(route, GatedRoute) for row in route.values()]
         return [[1.0]] * len(self.names[0]) + learned + [[1.0] * len(self.names[-1])]
+
+    def summed(self) -> list[tuple[nn.Module, bool]]:
+        """Every module, and whether all that reads its branches is their sum."""
+        return [
+            (self._module(i), isinstance(route, StaticRoute) and route.sums_all) for i, route in enumerate(self.routes)
+        ]
 
     def _module(self, i: int) -> BranchModule:
         module = self.get_submodule(str(i))
         assert isinstance(module, BranchModule)
         return module
 
-    def _routes(self) -> list[tuple[int, nn.Module]]:
-        return list(enumerate(self.routes))
+    def _active(self) -> list[Reads]:
+        """What every branch reads outside training."""
+        return [
+            route.active() if isinstance(route, GatedRoute) else rows
+            for route, rows in zip(self.routes, self.reads, strict=True)
+        ]
 
     def _share(self, i: int) -> float:
         """s: how much of the shortcut a branch of module i hands on."""
@@ -266,7 +282,7 @@ class BranchStack(WiredModule):
         numbers = itertools.count(1)
         return [[Node(self.index, next(numbers)) for _ in row] for row in self.names]
 
-    def _live(self, skip: frozenset[int]) -> list[tuple[int, ...]]:
+    def _not_in(self, skip: frozenset[int]) -> list[tuple[int, ...]]:
         """The branches of every module that are not skipped."""
         return [tuple(k for k, node in enumerate(row) if node.index not in skip) for row in self._nodes()]
 
@@ -277,25 +293,27 @@ class BranchStack(WiredModule):
         return StageWiring(name, (*itertools.chain(*self.names), "sum"), first + rest)
 
     def _build_routes(self) -> None:
-        """Bring routes and modules in line with ``reads`` and ``skip``."""
-        last = len(self.names) - 1
-        live = self._live(self._skip)
-        routes: list[nn.Module] = []
-        for i, rows in enumerate(_renumbered(self.reads, live)):
-            module = self._module(i)
-            module.live = None if len(live[i]) == module.num_branches else live[i]
-            scale = 1 / self._fan_in_behind(i) if self.identity == "mean" else 1.0
-            learns = self.fan_in is not None and i < last
-            if learns:
-                assert self.fan_in is not None
-                routes.append(GatedRoute(module.num_branches, self.fan_in, scale))
-            else:
-                device = module.conv1.weight.device
-                routes.append(StaticRoute(rows, len(live[i]), module.out_channels, scale, device))
-            if i < last:
-                self._module(i + 1).set_inputs(shared=not learns and routes[-1].is_shared)
+        """Bring routes and modules in line with ``reads``, ``fan_in`` and ``skip``."""
+        self._live = self._not_in(self._skip)
+        routes = self._static_routes(self.reads, self._live)
+        if self.fan_in is not None:
+            for i in range(len(routes) - 1):
+                routes[i] = GatedRoute(self._module(i).num_branches, self.fan_in, self._scale(i))
         self._module(0).set_inputs(shared=True)
+        for i, route in enumerate(routes[:-1], start=1):
+            self._module(i).set_inputs(shared=isinstance(route, StaticRoute) and route.is_shared)
         self.routes = nn.ModuleList(routes).train(self.training)
+
+    def _static_routes(self, reads: Sequence[Reads], live: Sequence[tuple[int, ...]]) -> list[nn.Module]:
+        routes: list[nn.Module] = []
+        for i, rows in enumerate(_renumbered(reads, live)):
+            module = self._module(i)
+            device = module.conv1.weight.device
+            routes.append(StaticRoute(rows, len(live[i]), module.out_channels, self._scale(i), device))
+        return routes
+
+    def _scale(self, i: int) -> float:
+        return 1 / self._fan_in_behind(i) if self.identity == "mean" else 1.0
 
 
 def install(model: nn.Module, example: Tensor, config: GateConnectConfig) -> None:
@@ -348,11 +366,13 @@ def _find_modules(model: nn.Module) -> tuple[list[BranchModule], list[str]]:
 
 def _join(route: nn.Module, residuals: Tensor, identities: Tensor, share: float) -> Tensor:
     """route(residuals + share * identities); identities may be one tensor that all branches have in common."""
-    num_branches = residuals.shape[1] // identities.shape[1]
-    if num_branches > 1 and isinstance(route, StaticRoute) and route.is_shared:
-        # the sum over branches of one and the same shortcut
-        return route(residuals) + _times(identities, share * route.fan_in * route.scale)
     shortcut = _times(identities, share)
+    if isinstance(route, StaticRoute) and route.is_shared and route.num_sources > 1:
+        if identities.shape[1] == route.channels:  # the sum over branches of one and the same shortcut
+            return route(residuals) + _times(identities, share * route.fan_in * route.scale)
+        if residuals.shape[1] == route.channels:  # one convolution has summed the residuals, see compile.branches
+            return _times(residuals, route.scale) + route(shortcut)
+    num_branches = residuals.shape[1] // identities.shape[1]
     if num_branches > 1:
         each = residuals.unflatten(1, (num_branches, -1)) + shortcut.unsqueeze(1)
         return route(each.flatten(1, 2))
@@ -361,6 +381,16 @@ def _join(route: nn.Module, residuals: Tensor, identities: Tensor, share: float)
 
 def _times(x: Tensor, factor: float) -> Tensor:
     return x if factor == 1 else x * factor
+
+
+def _live_branches(reads: Sequence[Reads]) -> list[tuple[int, ...]]:
+    """The branches of every module that the sum depends on, walking backwards."""
+    live: list[tuple[int, ...]] = []
+    readers: tuple[int, ...] = (0,)
+    for rows in reversed(reads):
+        readers = tuple(sorted({k for j in readers for k in rows[j]}))
+        live.insert(0, readers)
+    return live
 
 
 def _renumbered(reads: Sequence[Reads], live: Sequence[Sequence[int]]) -> list[Reads]:

@@ -1,9 +1,9 @@
 """Stages whose blocks are called by a loop of the host: ``for block in self.blocks: x = block(x, rope)``.
 
-Such a container (``nn.ModuleList``, or a ``nn.Sequential`` that is walked) is never called itself, so what takes its place
-must be walked like it. Walking a wired stage gives one ``Step`` a block. A step keeps the further arguments of its block
-and hands back what it was given; the step of the last block runs the stage. That is the same function because the host
-does nothing with the feature maps between but hand them on, which ``find_stages`` makes sure of.
+Such a container (``nn.ModuleList``, or a ``nn.Sequential`` that is walked) is never called itself, so what takes its
+place must be walked like it. Walking a wired stage gives one ``Step`` a block. A step keeps the further arguments of
+its block and hands back what it was given; the step of the last block runs the stage. That is the same function, since
+the host does nothing with the feature maps between but hand them on; ``find_stages`` makes sure of it.
 """
 
 from __future__ import annotations

@@ -124,7 +124,8 @@ class Mass:
         """NN-Mass, density and average degree of every cell, or of every container where there are many."""
         groups = {cell.name: Mass((cell,)) for cell in self.cells} if len(self.cells) <= 4 else self.by_container()
         return tuple(
-            f"  {name}: NN-Mass {group.total():,.1f}, density {group.density():.3f}, average degree {group.degree():,.1f}"
+            f"  {name}: NN-Mass {group.total():,.1f}, density {group.density():.3f}, "
+            f"average degree {group.degree():,.1f}"
             for name, group in groups.items()
         )
 

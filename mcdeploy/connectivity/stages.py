@@ -1,8 +1,13 @@
 """Find the stages of any timm model by watching one forward pass.
 
-A stage is a container whose children are called once each, one after the other: child i's output is child i + 1's only
-input, the container's input is the first child's and the last child's output is the container's. ``nn.Sequential`` in
-ResNet, ConvNeXt, ViT, Swin and MobileNet is one, ``RegStage`` in RegNet is one; no list of names is kept.
+A stage is a run of children of one container, each called once with what the one before returned, the very same tensor,
+which no other code reads. The host drives them in one of two ways:
+
+- it calls the container, with one tensor, and gets what the last child returned: ``nn.Sequential`` in ResNet, ConvNeXt,
+  ViT, Swin and MobileNet, ``RegStage`` in RegNet;
+- it walks the container, ``for block in self.blocks: x = block(x, rope)``: ``nn.ModuleList`` in BEiT, EVA, Swin V2.
+
+No list of names is kept.
 """
 
 from __future__ import annotations
@@ -69,7 +74,7 @@ class _Trace(TorchFunctionMode):
     """One forward pass as hooks and torch functions see it.
 
     Outputs of modules are kept, so identity means "the very same tensor". ``readers`` says, for each of them, in which
-    code something is computed from it, and ``measurers`` where its shape is looked at: the paths of the running modules.
+    code something is computed from it, ``measurers`` where its shape is looked at; code is the paths of what runs.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -133,7 +138,7 @@ class _Trace(TorchFunctionMode):
 def find_stages(model: nn.Module, example: Tensor, *, may_have_none: bool = False) -> tuple[Stage, ...]:
     """Trace one forward pass and return the stages in the order of execution.
 
-    Where containers nest, the level with more wirable blocks is taken; on a tie the outer one.
+    Where containers nest, the level with more blocks that keep their shape is taken; on a tie the outer one.
 
     Args:
         example: images [B, C, H, W], B >= 1; its values do not matter.
@@ -148,8 +153,7 @@ def find_stages(model: nn.Module, example: Tensor, *, may_have_none: bool = Fals
     chosen = _finest(found)
     if not chosen and not may_have_none:
         raise WiringError(
-            f"{type(model).__name__} has no wirable stage: no container calls two blocks one after the other "
-            "with feature maps of one shape (DenseNet, for one, concatenates); pick another backbone"
+            f"{type(model).__name__} has no wirable stage: {_why_none(modules, trace)}; pick another backbone"
         )
     order = {name: i for i, name in enumerate(trace.calls)}
     return tuple(sorted(chosen, key=lambda stage: order[f"{stage.name}.{stage.blocks[0]}"]))
@@ -235,8 +239,25 @@ def _as_stage(name: str, container: nn.Module, trace: _Trace) -> Stage | None:
     return max((stage for stage in found if stage.is_worth_wiring()), key=Stage.num_kept, default=None)
 
 
+def _why_none(modules: dict[str, nn.Module], trace: _Trace) -> str:
+    """What stands in the way, by the first containers that hold blocks of one kind."""
+    for name, container in modules.items():
+        blocks = {child: module for child, module in container.named_children() if _is_block(module)}
+        if not name or len(blocks) < 2 or len({type(block) for block in blocks.values()}) > 1:
+            continue
+        calls = [call for child in blocks for call in trace.calls.get(f"{name}.{child}", [])]
+        if any(call.input is None or call.output is None for call in calls):
+            return f"the blocks of {name} take or return more than one feature map"
+        if any(len(run) > 1 for run in _runs(name, container, trace)):
+            return f"the blocks of {name} all change the shape of what they receive"
+    return (
+        "no container runs two blocks, of at least two weight matrices each, one after the other "
+        "with nothing else reading what is between"
+    )
+
+
 def _runs(name: str, container: nn.Module, trace: _Trace) -> list[list[str]]:
-    """The children in runs: each called once, with what the one before returned and nothing else read."""
+    """The children in runs: each called once, with what the one before returned and no other code reads."""
     runs: list[list[str]] = []
     paths = {f"{name}.{child}" for child, _ in container.named_children()}
     previous: _Call | None = None
@@ -249,7 +270,7 @@ def _runs(name: str, container: nn.Module, trace: _Trace) -> list[list[str]]:
             previous = None
             continue
         if any(id(other) in made for other in call.others):
-            return []
+            return []  # a block that reads two of them is no link of a chain
         made |= {id(call.input), id(call.output)}
         joint = call.input
         if (

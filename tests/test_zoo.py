@@ -1,0 +1,80 @@
+import re
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from tests import zoo
+
+PAGE = Path(__file__).parents[1] / "recipes" / "results" / "zoo.md"
+
+
+def committed():
+    """Family to its cells, from the page."""
+    lines = [line.strip("| ").split(" | ") for line in PAGE.read_text().splitlines() if line.startswith("| ")]
+    assert lines[0] == list(zoo.HEAD)
+    return {cells[0]: dict(zip(zoo.HEAD, cells, strict=True)) for cells in lines[1:]}
+
+
+# NCHW, tokens, NHWC, and a stage that the host walks. The command does the other families.
+@pytest.mark.parametrize("family", ["convnext", "vision_transformer", "mambaout", "convit"])
+def test_a_small_model_of_the_family_goes_through_the_whole_pipeline(family):
+    row = zoo.check(family)
+    assert (row.result, row.reason) == ("ok", "")
+    assert row.stages > 0
+    assert 0 < row.parameters[1] <= row.parameters[0]
+
+
+def test_a_family_that_cannot_be_wired_is_refused_in_a_sentence():
+    row = zoo.check("tnt")
+    assert row.result == "refused"
+    assert "has no wirable stage" in row.reason
+    assert row.passed_over == ["tnt_s_legacy_patch16_224", "tnt_s_patch16_224", "tnt_b_patch16_224"]
+
+
+def test_nothing_constant_is_left_in_a_scrambled_model():
+    model = timm.create_model("test_convnext", num_classes=10)
+    assert any(parameter.min() == parameter.max() for parameter in model.parameters())
+    zoo.scramble_all(model)
+    assert not any(parameter.min() == parameter.max() for parameter in model.parameters())
+
+
+def test_an_answer_that_is_off_or_not_finite_breaks_a_family():
+    class Off:
+        def infer(self, images):
+            return images * 1.01
+
+    with pytest.raises(AssertionError, match=r"off by 1\.0e-02 at batch 2"):
+        zoo.compare(nn.Identity(), Off(), torch.ones(2, 3))
+    with pytest.raises(AssertionError, match="not finite"):
+        zoo.compare(nn.Identity(), Off(), torch.full((2, 3), torch.inf))
+
+
+def test_the_page_holds_every_family_of_this_timm_and_none_is_broken():
+    if f"timm {timm.__version__}," not in PAGE.read_text():
+        pytest.skip("the page was made with another timm")
+    rows = committed()
+    assert list(rows) == zoo.families()
+    results = [row["result"].split()[0] for row in rows.values()]
+    assert set(results) == {"ok", "refused"}
+    assert results.count("ok") >= 0.85 * len(results)
+    assert f"**{results.count('ok')} ok, {results.count('refused')} refused, 0 broken**" in PAGE.read_text()
+
+
+def test_every_refusal_is_one_sentence():
+    refusals = [row["result"] for row in committed().values() if row["result"] != "ok"]
+    assert refusals
+    for refusal in refusals:
+        assert re.fullmatch(r"refused because \S.{20,400}", refusal)
+        assert not re.search(r"[.!?] [A-Z]|\x1b|Traceback|\n", refusal)
+
+
+def test_a_family_in_a_process_of_its_own_leaves_its_row_and_the_page(tmp_path):
+    page = tmp_path / "zoo.md"
+    arguments = ["--only", "vgg", "--work", str(tmp_path), "--out", str(page), "--seconds", "1"]
+    assert zoo.main(arguments) == 1
+    assert zoo.read_row(tmp_path / "vgg.json").reason.startswith("its process ended with")
+    assert "| vgg | - | - | - | - | - | - | broken: its process ended with" in page.read_text()
+    assert "0 ok, 0 refused, 1 broken" in page.read_text()
