@@ -76,9 +76,9 @@ def summarise(results: list[dict]) -> dict[str, object]:
 
     for result in results:
         cells = [Cell(*cell) for cell in zip(result["widths"], result["depths"], result["skips"], strict=True)]
-        result["nn_mass"] = nn_mass(cells)
+        result["nn_mass"], result["layers"] = nn_mass(cells), sum(result["depths"]) + 1
     top1 = [100 * result["top1"] for result in results]
-    logs = {key: [math.log(result[key]) for result in results] for key in ("nn_mass", "parameters", "macs")}
+    logs = {key: [math.log(result[key]) for result in results] for key in ("nn_mass", "parameters", "macs", "layers")}
     return {
         "nets": results,
         "r2": {key: fit(values, top1)[2] for key, values in logs.items()},

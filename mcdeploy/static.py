@@ -233,41 +233,72 @@ class Router(nn.Module):
 
 
 class Stem(nn.Module):
-    """What one module of a model receives; of the rest of the model nothing is left."""
+    """What one module of a model receives. That module and all that run after it only keep the shapes right.
+
+    They are replaced by zeros, which nothing reads, so that neither they nor their parameters are exported. Leaving
+    the host by an exception would be simpler, and torch.export does not survive it.
+    """
 
     def __init__(self, model: nn.Module, name: str, example: Tensor) -> None:
         super().__init__()
         self.model = copy.deepcopy(model)
-        self.model.set_submodule(name, _Stop())
-        called: set[nn.Module] = set()
-        handles = [m.register_forward_pre_hook(lambda m, _: called.add(m)) for m in self.model.modules()]
-        with torch.no_grad():
-            self(example)
-        for handle in handles:
-            handle.remove()
-        for path, module in list(self.model.named_modules()):
-            if path and module not in called and not any(child in called for child in module.modules()):
-                self.model.set_submodule(path, nn.Identity())
+        self.name = name
+        for path, shape in _later_shapes(self.model, name, example).items():
+            self.model.set_submodule(path, nn.Identity() if shape is None else _Zeros(shape))
 
     def forward(self, images: Tensor) -> Tensor:
+        received: list[Tensor] = []
+        handle = self.model.get_submodule(self.name).register_forward_pre_hook(lambda _, args: received.append(args[0]))
         try:
             self.model(images)
-        except _Reached as reached:
-            return reached.feature
-        raise AssertionError("the model does not call its first dynamic stage")
+        finally:
+            handle.remove()
+        return received[0]
 
 
-class _Reached(Exception):
-    def __init__(self, feature: Tensor) -> None:
+class _Zeros(nn.Module):
+    def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__()
-        self.feature = feature
-
-
-class _Stop(nn.Module):
-    """In the place of a stage: hands its input to ``Stem`` past the rest of the model."""
+        self.shape = shape
 
     def forward(self, x: Tensor) -> Tensor:
-        raise _Reached(x)
+        return x.new_zeros(x.shape[0], *self.shape)
+
+
+def _later_shapes(model: nn.Module, name: str, example: Tensor) -> dict[str, tuple[int, ...] | None]:
+    """The outermost modules that run from ``name`` on, with their output's shape for one image; None: never run."""
+    found: dict[str, tuple[int, ...] | None] = {}
+    entered: set[str] = set()
+    inside: list[str] = []  # at most one: the outermost
+
+    def before(path: str) -> Any:
+        def hook(_: nn.Module, __: Any) -> None:
+            entered.add(path)
+            if not inside and (path == name or found):
+                inside.append(path)
+
+        return hook
+
+    def after(path: str) -> Any:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            if inside == [path]:
+                inside.clear()
+                if isinstance(output, Tensor):
+                    found[path] = tuple(output.shape[1:])
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(before(path)) for path, module in model.named_modules() if path]
+    handles += [module.register_forward_hook(after(path)) for path, module in model.named_modules() if path]
+    with torch.no_grad():
+        model(example)
+    for handle in handles:
+        handle.remove()
+    for path, module in model.named_modules():
+        is_replaced = any(path == other or path.startswith(f"{other}.") for other in found)
+        if path and path not in entered and not is_replaced and not any(True for _ in module.children()):
+            found[path] = None
+    return found
 
 
 def fit_router(model: nn.Module, images: Tensor, target_B: Tensor, count: int) -> Router:

@@ -9,6 +9,7 @@ resnet20_cifar        a timm name: the backbone as timm builds it, with random w
 
 from __future__ import annotations
 
+import copy
 import json
 import tempfile
 from collections.abc import Sequence
@@ -37,7 +38,7 @@ from mcdeploy.bench import BenchReport, compare_latency
 from mcdeploy.bench_images import ImagesReport, compare_over_images
 from mcdeploy.checkpoint import FILE_NAME, load_checkpoint
 from mcdeploy.compile.dynamic import count_wirings, open_everything
-from mcdeploy.compile.prune import count_macs, count_parameters
+from mcdeploy.compile.prune import count_macs, count_parameters, freeze
 from mcdeploy.connectivity.ddw import DynamicStage, adjacencies, dynamic_stages
 from mcdeploy.connectivity.nnmass import describe_mass, nn_mass_of_model
 from mcdeploy.connectivity.stages import find_stages
@@ -338,7 +339,8 @@ def inspect_target(target: Target, image_size: int, loaders: Loaders | None = No
         notes.append(f"no wiring to draw: {error}")
     if dynamic:
         notes.append("the wiring depends on the image; the costs are those with every edge open")
-    everything = open_everything(model) if dynamic else model
+    everything = open_everything(model) if dynamic else copy.deepcopy(model)
+    freeze(everything)  # what still learns costs what its best sources cost
     try:
         numbers: dict[str, float] = {"parameters": count_parameters(model), "macs": count_macs(everything, example)}
     except (RuntimeError, ValueError, AssertionError, TypeError) as error:

@@ -1,10 +1,12 @@
 """Latency over images: every image on every runner, in turns; what is reported is spread over images."""
 
+import io
 import json
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from tiny_dynamic import X, two_ways
 
 from mcdeploy.bench_images import compare_over_images
@@ -117,11 +119,9 @@ def test_wrong_input_and_another_provider_are_refused():
 def test_table_and_plot_name_every_runner(tmp_path):
     clock = Clock()
     report = compare_over_images([Fake("a", clock, 2.0), Fake("b", clock)], pixels(1, 2, 3), rounds=2, clock=clock)
-    from rich.console import Console
-
-    with Console(width=140, record=True, file=open("/dev/null", "w")) as console:
-        console.print(report.table())
-    text = console.export_text()
+    console = Console(width=140, file=io.StringIO())
+    console.print(report.table())
+    text = console.file.getvalue()
     assert "mean x a" in text
     assert "0.500 [0.500, 0.500]" in text
     report.plot(tmp_path / "plot.svg")

@@ -181,8 +181,9 @@ def test_with_only_the_chain_open_a_model_is_bit_identical_to_timms(name, size):
     assert all(".router." in key or key.endswith(".open_share_E") for key in extra)
 
 
-@pytest.mark.parametrize("router", ROUTERS)
-@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_050", "regnetx_002"])
+@pytest.mark.parametrize(
+    ("name", "router"), [("resnet18", "node"), ("mobilenetv2_050", "stage"), ("regnetx_002", "node")]
+)
 def test_a_backbone_for_a_detector_keeps_its_feature_maps_and_teaches_its_routers(name, router):
     model = timm.create_model(name, features_only=True, pretrained=False)
     scramble(model)
@@ -321,12 +322,12 @@ def test_the_penalty_is_the_squared_distance_of_the_executed_share_from_its_targ
 
 @pytest.mark.parametrize(("target", "bias"), [(0.5, 1.5), (0.9, -0.5)])
 def test_training_pulls_the_executed_share_to_its_target_from_above_and_from_below(target, bias):
-    model = mcdeploy.wire(small_resnet(), "ddw", image_size=16, target_open=target, penalty=20.0).train()
+    model = mcdeploy.wire(small_resnet(3), "ddw", image_size=16, target_open=target, penalty=20.0).train()
     set_biases(model, lambda stage, i, j: bias)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     distances = []
-    for step in range(40):
-        logits = model(images(8, 16, seed=step % 4))
+    for step in range(30):
+        logits = model(images(4, 16, seed=step % 4))
         (logits.square().mean() * 1e-3 + sum(hooks(model, "penalty"))).backward()
         optimizer.step()
         optimizer.zero_grad()

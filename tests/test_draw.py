@@ -494,7 +494,7 @@ def test_a_net_without_stages_has_costs_and_a_sentence(tmp_path, capsys, monkeyp
     assert len(sparse["stages"]) == 3
     assert dense["stages"] is None
     assert dense["parameters"] == 7_978_856
-    assert "concatenates" in dense["notes"][0]
+    assert "DenseNet has no wirable stage" in dense["notes"][0]
     assert sparse["notes"] == []
     assert sparse["peak_activation_bytes"] == 123_456
     shown = Page(page.read_text())

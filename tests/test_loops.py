@@ -120,6 +120,12 @@ def test_gates_of_a_walked_stage_learn():
     assert torch.equal(small(images(3, 4)), model(images(3, 4)))
 
 
+def test_nothing_is_kept_after_a_forward_pass():
+    model = wired()
+    model(images(2, 4))
+    assert not model.blocks.loop.arguments
+
+
 def test_a_forward_pass_that_was_cut_short_leaves_nothing_in_a_copy():
     model = wired()
     with pytest.raises(RuntimeError):
@@ -230,3 +236,9 @@ def test_a_walked_stage_may_be_read_from_a_later_stage():
     first = model(images(2, 4))
     assert torch.equal(model(images(2, 4)), first)
     assert not wired_stages(model)["walked"].tape.features
+
+
+def test_a_walked_stage_is_one_graph_for_torch_compile():
+    model = wired()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(images(2, 4)), model(images(2, 4)))

@@ -156,6 +156,7 @@ def test_private_inputs_go_through_the_same_weights():
     module.set_inputs(shared=False)
     assert list(module.state_dict()) == keys
     assert module.conv1.weight is weight
+    assert not module.conv1.training
     each = x.repeat(1, 4, 1, 1)
     assert torch.allclose(module.residuals(each), shared[0], rtol=1e-10, atol=1e-12)
     assert torch.allclose(module.identities(each), shared[1].repeat(1, 4, 1, 1), rtol=1e-10, atol=1e-12)

@@ -1,3 +1,7 @@
+import importlib.util
+import json
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -7,6 +11,7 @@ import mcdeploy
 from mcdeploy.connectivity.nnmass import (
     Cell,
     average_degree,
+    describe_mass,
     ldi_bounds,
     nn_mass,
     nn_mass_of_model,
@@ -170,6 +175,16 @@ def test_the_wiring_of_a_model_is_measured_on_its_live_blocks_and_possible_links
         nn_mass_of_wiring(small_resnet(), images(1, 16))
 
 
+def test_inspect_describes_cells_and_wiring_or_says_why_not():
+    lines = describe_mass(bare("resnet50"), images(1, 16))
+    assert lines[0] == "NN-Mass of the backbone's own skips, by cell: 9,006.9, density 0.436, average degree 1,022.7"
+    assert [line.split(":")[0].strip() for line in lines[1:]] == ["layer1", "layer2", "layer3", "layer4"]
+    lines = describe_mass(wired_resnet("all"), images(1, 16))
+    assert [line for line in lines if line.startswith("NN-Mass of the wiring between blocks: 120.0, density 1.000")]
+    (line,) = describe_mass(bare("test_vit"), images(1, 16))
+    assert line.startswith("NN-Mass: the cells of VisionTransformer are not recognised")
+
+
 def test_average_degree_counts_the_channels_that_a_channel_reads():
     """Proposition 1 against a count over a drawn cell; it leaves out terms of order 1/d, so the cell is deep."""
     width, depth, skips = 8, 400, 160
@@ -192,3 +207,21 @@ def test_more_mass_lifts_the_bounds_at_one_width():
     lows = [ldi_bounds(8, mass, 0.1)[0] for mass in (0, 50, 100, 200)]
     assert lows == sorted(lows)
     assert lows[0] == 0
+
+
+def test_the_published_figures_of_the_experiment_follow_from_its_results():
+    root = Path(__file__).parents[1]
+    spec = importlib.util.spec_from_file_location("nnmass_experiment", root / "examples" / "nnmass_experiment.py")
+    experiment = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(experiment)
+    assert experiment.fit([1, 2, 3], [5, 7, 9]) == pytest.approx((2, 3, 1))
+    assert experiment.fit([1, 2, 3], [1, 2, 1])[2] == pytest.approx(0)
+    written = json.loads((root / "recipes" / "results" / "nnmass_cifar10_2core-x86-cpu_202611.json").read_text())
+    assert [(net["depths"][0], net["skips"][0]) for net in written["nets"]] == list(experiment.NETS)
+    bare_results = [{k: v for k, v in net.items() if k not in ("nn_mass", "layers")} for net in written["nets"]]
+    again = experiment.summarise(bare_results)
+    assert again["r2"] == pytest.approx(written["r2"])
+    assert [net["nn_mass"] for net in again["nets"]] == pytest.approx([net["nn_mass"] for net in written["nets"]])
+    page = (root / "recipes" / "results" / "nnmass_cifar10.md").read_text()
+    assert all(f"{100 * net['top1']:.2f}% |" in page for net in written["nets"])
+    assert f"**{written['r2']['nn_mass']:.2f}** (rising) | {written['r2']['parameters']:.2f} (falling)" in page

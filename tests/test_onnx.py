@@ -37,6 +37,45 @@ def test_one_file_runs_at_every_batch_size_and_answers_what_torch_answers(tmp_pa
             assert np.allclose(runner.infer(x.numpy()), model(x).numpy(), rtol=1e-4, atol=1e-4)
 
 
+class Attention(nn.Module):
+    """Attention, 2 heads of 4 numbers, with a mask broadcast over the batch; or within 3 windows, as in Twins."""
+
+    def __init__(self, windows):
+        super().__init__()
+        torch.manual_seed(0)
+        self.leading = (3, 4) if windows else (12,)
+        self.qkv = nn.Linear(6, 24)
+        self.mask = nn.Parameter(torch.randn(1, 2, *(1,) * windows, self.leading[-1], self.leading[-1]))
+
+    def forward(self, x):
+        batch = x.shape[0]
+        tokens = x.flatten(2).transpose(1, 2).reshape(batch, *self.leading, 6)
+        q, k, v = self.qkv(tokens).unflatten(-1, (3, 2, 4)).movedim(-3, 0).movedim(-2, 2)
+        mask = self.mask.expand(batch, *self.mask.shape[1:])
+        joined = nn.functional.scaled_dot_product_attention(q, k, v, mask)
+        return joined.movedim(1, -2).reshape(batch, *self.leading, 8).flatten(1)
+
+
+@pytest.mark.parametrize("windows", [False, True])
+def test_attention_with_a_mask_is_exported_with_and_without_windows(tmp_path, windows):
+    model = Attention(windows).eval()
+    images_BCHW = torch.randn(3, 6, 3, 4, generator=torch.Generator().manual_seed(0))
+    export_onnx(model, tmp_path / "m.onnx", images_BCHW[:2])
+    with OnnxRunner(tmp_path / "m.onnx") as runner, torch.no_grad():
+        for batch in (1, 3):
+            expected = model(images_BCHW[:batch]).numpy()
+            assert np.allclose(runner.infer(images_BCHW[:batch].numpy()), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_reason_of_a_failed_export_is_the_one_it_started_with(tmp_path):
+    class Stubborn(nn.Module):
+        def forward(self, x):
+            return x.unknown
+
+    with pytest.raises(BackendError, match=r"Stubborn failed: '\w*Tensor' object has no attribute 'unknown'$"):
+        export_onnx(Stubborn(), tmp_path / "m.onnx", images(2, 4))
+
+
 def test_another_opset_or_a_fixed_batch_is_refused(tmp_path):
     model = export(small_resnet(), tmp_path / "m.onnx", opset=20)
     with pytest.raises(BackendError, match="asked for opset 18, the exporter wrote 20"):

@@ -12,8 +12,9 @@ LINE = [
     "errors", "section", "connectivity.topology", "connectivity.stages", "connectivity.gates", "connectivity.wiring",
     "backbones", "connectivity.fixed", "connectivity.sparse", "connectivity.maskconnect", "connectivity.gateconnect",
     "connectivity.ddw", "connectivity.nnmass", "connectivity.rules", "connectivity", "recipe", "data", "checkpoint",
-    "model", "evaluate", "train", "compile.prune", "compile.fold", "compile.certify", "compile", "memory", "backends.onnx",
-    "backends.pytorch", "backends", "verify", "bench", "package", "draw", "report", "search", "targets", "demo", "cli",
+    "model", "evaluate", "train", "compile.prune", "compile.fold", "compile.certify", "compile.conditional",
+    "compile.dynamic", "compile", "memory", "backends.onnx", "backends.pytorch", "backends", "verify", "bench",
+    "bench_images", "package", "static", "draw", "report", "search", "targets", "demo", "cli",
 ]  # fmt: skip
 
 

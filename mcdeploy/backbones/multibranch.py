@@ -86,6 +86,7 @@ class BranchModule(nn.Module):
         with torch.device("meta"):
             self.conv1 = nn.Conv2d(groups * self.in_channels, old.out_channels, 1, groups=groups, bias=False)
         self.conv1.weight = old.weight
+        self.conv1.train(old.training)
 
     def residuals(self, x: Tensor, live: tuple[int, ...] | None = None) -> Tensor:
         """F_k(x_k) of every branch, or of the ``live`` ones alone.
@@ -117,10 +118,10 @@ class BranchModule(nn.Module):
         small.downsample, small.act1, small.act2, small.act3 = self.downsample, self.act1, self.act2, self.act3
         for name in ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3"):
             source, target = self.get_submodule(name), small.get_submodule(name)
-            for key, tensor in source.named_parameters():
-                setattr(target, key, nn.Parameter(self._rows(tensor.detach(), kept), tensor.requires_grad))
-            for key, tensor in source.named_buffers():
-                setattr(target, key, self._rows(tensor, kept) if tensor.ndim else tensor.clone())
+            for key, weight in source.named_parameters():
+                setattr(target, key, nn.Parameter(self._rows(weight.detach(), kept), weight.requires_grad))
+            for key, statistic in source.named_buffers():
+                setattr(target, key, self._rows(statistic, kept) if statistic.ndim else statistic.clone())
         return small.train(self.training)
 
     def _rows(self, tensor: Tensor, kept: Iterable[int]) -> Tensor:
@@ -182,6 +183,10 @@ def as_branches(block: nn.Module) -> BranchModule | None:
     if block.downsample is not None:
         module.downsample = block.downsample
     before, after = block.bn3, module.bn3
+    assert before.running_var is not None
+    assert before.running_mean is not None
+    assert after.running_var is not None
+    assert after.running_mean is not None
     with torch.no_grad():
         module.conv3.weight.copy_(torch.cat(old.split(width, dim=1)))
         shared_var = (before.running_var + before.eps) / num_branches - before.eps

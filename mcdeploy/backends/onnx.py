@@ -9,12 +9,14 @@ import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import onnx
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from mcdeploy.compile.conditional import export_form
 from mcdeploy.errors import BackendError
@@ -44,7 +46,7 @@ def export_onnx(
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         # torch's fused attention returns strides of its own, its decomposition does not: "Cannot view a tensor"
-        with _quiet(), sdpa_kernel(SDPBackend.MATH):
+        with _quiet(), sdpa_kernel(SDPBackend.MATH), _FourAxes():
             torch.onnx.export(
                 export_form(model, skip=dynamic == "if"),
                 (example,),
@@ -98,6 +100,25 @@ def read_opset(path: Path) -> int:
     """The version of the standard operator set that a file asks for."""
     model = onnx.load(path, load_external_data=False)
     return int(next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")))
+
+
+class _FourAxes(TorchFunctionMode):
+    """The exporter translates attention on [B, heads, N, D] alone; with windows between them, they join the batch."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention and args[0].ndim > 4:
+            return self._attention(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _attention(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        if attn_mask is not None:
+            attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2]).flatten(0, -4)
+        query_BHND, key_BHMD, value_BHMD = (tensor.flatten(0, -4) for tensor in (query, key, value))
+        joined_BHND = F.scaled_dot_product_attention(query_BHND, key_BHMD, value_BHMD, attn_mask, *args, **kwargs)
+        return joined_BHND.reshape(*query.shape[:-1], value.shape[-1])
 
 
 def _reason(error: BaseException) -> str:

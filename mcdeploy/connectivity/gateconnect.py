@@ -86,7 +86,8 @@ class StaticRoute(nn.Module):
     Args:
         reads: for every reading branch, which of the ``num_sources`` branches it reads; equally many each.
         channels: of one branch.
-        form: how several sources are joined; ``gather`` adds K channel gathers, ``matmul`` multiplies by a 0-1 matrix.
+        form: how several sources are joined; ``gather`` adds K channel gathers, ``matmul`` multiplies by a 0-1 matrix, as
+            every route does in training.
     """
 
     def __init__(
@@ -108,12 +109,11 @@ class StaticRoute(nn.Module):
         rows = reads[:1] if self.is_shared else reads
         self.is_same = self.fan_in == 1 and rows == tuple((k,) for k in range(num_sources))
         self.sums_all = self.is_shared and self.fan_in == num_sources
-        if self.form == "matmul":
-            matrix_JK = torch.zeros(len(rows), num_sources, device=device)
-            for j, row in enumerate(rows):
-                matrix_JK[j, list(row)] = scale
-            self.register_buffer("matrix_JK", matrix_JK, persistent=False)
-        else:
+        matrix_JK = torch.zeros(len(rows), num_sources, device=device)
+        for j, row in enumerate(rows):
+            matrix_JK[j, list(row)] = 1
+        self.register_buffer("matrix_JK", matrix_JK, persistent=False)
+        if self.form == "gather":
             sources_JP = torch.tensor(rows, device=device)
             channels_C = torch.arange(channels, device=device)
             for position in range(self.fan_in):  # the channels of every reader's source at this position
@@ -126,8 +126,8 @@ class StaticRoute(nn.Module):
             return y
         if self.sums_all:
             x = sum_branches(y, self.channels)
-        elif self.form == "matmul":
-            return mix(self.get_buffer("matrix_JK"), y)
+        elif self.form == "matmul" or self.training:  # the gradient of a gather adds rows one by one
+            x = mix(self.get_buffer("matrix_JK"), y)
         else:
             x = y.index_select(1, self.get_buffer("pick0"))
             for position in range(1, self.fan_in):
@@ -197,7 +197,7 @@ class BranchStack(WiredModule):
         return "mean" if self.identity == "mean" else "sum"
 
     @property
-    def skip(self) -> frozenset[int]:  # type: ignore[override]
+    def skip(self) -> frozenset[int]:
         return self._skip
 
     @skip.setter

@@ -258,22 +258,19 @@ def _trace_nodes(model: nn.Module, topology: Topology, example: Tensor) -> dict[
 
 def describe_mass(model: nn.Module, example: Tensor) -> tuple[str, ...]:
     """Lines for ``mcdeploy inspect``: the cells of the blocks' own skips, and of a wiring if there is one."""
-    lines: list[str] = []
-    for what, measure in (
-        ("of the backbone's own skips, by cell", lambda: nn_mass_of_model(model)),
-        ("of the wiring", lambda: nn_mass_of_wiring(model, example)),
-    ):
-        if what != "of the wiring" or wired_stages(model):
-            try:
-                mass = measure()
-                lines += [
-                    f"NN-Mass {what}: {mass.total():,.1f}, density {mass.density():.3f}, "
-                    f"average degree {mass.degree():,.1f}",
-                    *mass.lines(),
-                ]
-            except WiringError as error:
-                lines.append(str(error))
-    return tuple(lines)
+    lines = _lines_of("the backbone's own skips, by cell", lambda: nn_mass_of_model(model))
+    if wired_stages(model):
+        lines += _lines_of("the wiring between blocks", lambda: nn_mass_of_wiring(model, example))
+    return lines
+
+
+def _lines_of(what: str, measure: Callable[[], Mass]) -> tuple[str, ...]:
+    try:
+        mass = measure()
+    except WiringError as error:
+        return (str(error),)
+    total = f"{mass.total():,.1f}, density {mass.density():.3f}, average degree {mass.degree():,.1f}"
+    return (f"NN-Mass of {what}: {total}", *mass.lines())
 
 
 # Models whose cells are known, and where they keep the weights that are in no cell: stem, transitions, head.
