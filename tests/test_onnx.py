@@ -38,27 +38,32 @@ def test_one_file_runs_at_every_batch_size_and_answers_what_torch_answers(tmp_pa
 
 
 class Attention(nn.Module):
-    """Attention, 2 heads of 4 numbers, with a mask broadcast over the batch; or within 3 windows, as in Twins."""
+    """Attention, 2 heads of 4 numbers, with a mask broadcast over the batch, on tensors of 3 axes (SAM), 4 or 5 (Twins)."""
 
-    def __init__(self, windows):
+    def __init__(self, axes):
         super().__init__()
         torch.manual_seed(0)
-        self.leading = (3, 4) if windows else (12,)
+        self.axes = axes
+        self.leading = (3, 4) if axes == 5 else (12,)
         self.qkv = nn.Linear(6, 24)
-        self.mask = nn.Parameter(torch.randn(1, 2, *(1,) * windows, self.leading[-1], self.leading[-1]))
+        self.mask = nn.Parameter(torch.randn(1, 2, *(1,) * (axes == 5), self.leading[-1], self.leading[-1]))
 
     def forward(self, x):
         batch = x.shape[0]
         tokens = x.flatten(2).transpose(1, 2).reshape(batch, *self.leading, 6)
-        q, k, v = self.qkv(tokens).unflatten(-1, (3, 2, 4)).movedim(-3, 0).movedim(-2, 2)
+        qkv = self.qkv(tokens).unflatten(-1, (3, 2, 4)).movedim(-3, 0).movedim(-2, 2)
         mask = self.mask.expand(batch, *self.mask.shape[1:])
-        joined = nn.functional.scaled_dot_product_attention(q, k, v, mask)
+        if self.axes == 3:
+            qkv, mask = qkv.flatten(1, 2), mask.flatten(0, 1)
+        joined = nn.functional.scaled_dot_product_attention(*qkv, mask)
+        if self.axes == 3:
+            joined = joined.unflatten(0, (batch, 2))
         return joined.movedim(1, -2).reshape(batch, *self.leading, 8).flatten(1)
 
 
-@pytest.mark.parametrize("windows", [False, True])
-def test_attention_with_a_mask_is_exported_with_and_without_windows(tmp_path, windows):
-    model = Attention(windows).eval()
+@pytest.mark.parametrize("axes", [3, 4, 5])
+def test_attention_with_a_mask_is_exported_whatever_its_axes(tmp_path, axes):
+    model = Attention(axes).eval()
     images_BCHW = torch.randn(3, 6, 3, 4, generator=torch.Generator().manual_seed(0))
     export_onnx(model, tmp_path / "m.onnx", images_BCHW[:2])
     with OnnxRunner(tmp_path / "m.onnx") as runner, torch.no_grad():

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from mcdeploy.errors import RecipeError
 from mcdeploy.connectivity.maskconnect import MaskConnectConfig
+from mcdeploy.errors import RecipeError
 from mcdeploy.recipe import load_recipe, parse_connectivity
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))

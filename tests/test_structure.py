@@ -9,12 +9,12 @@ import mcdeploy
 
 ROOT = Path(__file__).parents[1]
 LINE = [
-    "errors", "section", "connectivity.topology", "connectivity.stages", "connectivity.gates", "connectivity.wiring",
-    "backbones", "connectivity.fixed", "connectivity.sparse", "connectivity.maskconnect", "connectivity.gateconnect",
-    "connectivity.ddw", "connectivity.nnmass", "connectivity.rules", "connectivity", "recipe", "data", "checkpoint",
-    "model", "evaluate", "train", "compile.prune", "compile.fold", "compile.certify", "compile.conditional",
-    "compile.dynamic", "compile", "memory", "backends.onnx", "backends.pytorch", "backends", "verify", "bench",
-    "bench_images", "package", "static", "draw", "report", "search", "targets", "demo", "cli",
+    "errors", "section", "connectivity.topology", "connectivity.stages", "connectivity.gates", "connectivity.loops",
+    "connectivity.wiring", "backbones", "connectivity.fixed", "connectivity.sparse", "connectivity.maskconnect",
+    "connectivity.gateconnect", "connectivity.ddw", "connectivity.nnmass", "connectivity.rules", "connectivity",
+    "recipe", "data", "checkpoint", "model", "evaluate", "train", "compile.prune", "compile.fold", "compile.certify",
+    "compile.conditional", "compile.dynamic", "compile", "memory", "backends.onnx", "backends.pytorch", "backends",
+    "verify", "bench", "bench_images", "package", "static", "draw", "report", "search", "targets", "demo", "cli",
 ]  # fmt: skip
 
 

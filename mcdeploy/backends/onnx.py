@@ -103,20 +103,23 @@ def read_opset(path: Path) -> int:
 
 
 class _FourAxes(TorchFunctionMode):
-    """The exporter translates attention on [B, heads, N, D] alone; with windows between them, they join the batch."""
+    """The exporter translates attention on [B, heads, N, D] alone: windows join the batch, a missing axis is added."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and args[0].ndim > 4:
+        if func is F.scaled_dot_product_attention and args[0].ndim != 4:
             return self._attention(*args, **kwargs)
         return func(*args, **kwargs)
 
     def _attention(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Tensor:
+        def with_four(tensor: Tensor) -> Tensor:
+            return tensor.unsqueeze(-3) if tensor.ndim == 3 else tensor.flatten(0, -4)
+
         if attn_mask is not None:
-            attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2]).flatten(0, -4)
-        query_BHND, key_BHMD, value_BHMD = (tensor.flatten(0, -4) for tensor in (query, key, value))
+            attn_mask = with_four(attn_mask.expand(*query.shape[:-1], key.shape[-2]))
+        query_BHND, key_BHMD, value_BHMD = map(with_four, (query, key, value))
         joined_BHND = F.scaled_dot_product_attention(query_BHND, key_BHMD, value_BHMD, attn_mask, *args, **kwargs)
         return joined_BHND.reshape(*query.shape[:-1], value.shape[-1])
 

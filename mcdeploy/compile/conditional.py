@@ -62,7 +62,7 @@ class ExportedStage(nn.Module):
         self.edges = stage.edges  # sorted by reader
         self.readers = [j for j in range(1, len(stage.sources)) if stage.sources[j]]
         self.fan_ins = [len(stage.sources[j]) for j in self.readers]
-        self.router = nn.ModuleDict(stage.router.items())
+        self.router = nn.ModuleDict(dict(stage.router.items()))
         size, position = len(stage.sources), {edge: e for e, edge in enumerate(stage.edges)}
         routed = stage.routed.get(0, ())
         certain = {j for i, j in stage.constant if i == 0 or i in stage.required}
@@ -84,6 +84,15 @@ class ExportedStage(nn.Module):
         for name, tensor in constants.items():
             self.register_buffer(name, tensor.to(stage.tau.device), persistent=False)
         self.register_buffer("source_E", torch.tensor([i for i, _ in self.edges]), persistent=False)
+        self.tau: Tensor
+        self.temperature: Tensor
+        self.place_RE: Tensor
+        self.constant_E: Tensor
+        self.matrix_EM: Tensor
+        self.identity_M: Tensor
+        self.reader_EE: Tensor
+        self.seed_N: Tensor
+        self.source_E: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         """x: the stage's input, [B, C, H, W] or whatever the host's blocks hand on; returns the output node."""
@@ -150,6 +159,8 @@ class ExportedStage(nn.Module):
 
 def _join(weights: Tensor, *inputs: Tensor) -> Tensor:
     """Weighted sum of S inputs, weights [B, S, 1, ...]."""
+    if len(inputs) == 1:
+        return inputs[0] * weights
     terms = [feature * weight for feature, weight in zip(inputs, weights.split(1, 1), strict=True)]
     joined = terms[0]
     for term in terms[1:]:

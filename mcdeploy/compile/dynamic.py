@@ -141,15 +141,6 @@ def settled(model: nn.Module, images: Tensor) -> Tensor:
     return record(model, images).margin_B >= NEAR_THRESHOLD
 
 
-def same_wiring(before: Record, after: Record, edges: Mapping[str, tuple[list[int], list[int]]]) -> Tensor:
-    """Which images open the same edges before and after, bool [B]; see ``edge_positions``."""
-    same_B = torch.ones(len(before.margin_B), dtype=torch.bool)
-    for name, (kept, gone) in edges.items():
-        same_B &= ~before.open_BE[name][:, gone].any(1).cpu()
-        same_B &= (before.open_BE[name][:, kept] == after.open_BE[name]).all(1).cpu()
-    return same_B
-
-
 # ----------------------------------------------------------------------------------------------------------- freezing
 
 
@@ -179,7 +170,7 @@ def narrow(model: nn.Module, images: Tensor) -> tuple[dict[str, list[str]], Cali
         for reason, what in why.items():
             removed.setdefault(f"{reason} on {len(images)} calibration images", []).extend(what)
     after = record(double_copy(model, scrambled=False), images)
-    same_B = same_wiring(found, after, edge_positions(stages, dynamic_stages(model)))
+    same_B = _same_wiring(found, after, stages, dynamic_stages(model))
     check = _check_same_logits(found.logits_BK[same_B], after.logits_BK[same_B], len(images))
     calibration = Calibration(
         images=len(images),
@@ -192,16 +183,15 @@ def narrow(model: nn.Module, images: Tensor) -> tuple[dict[str, list[str]], Cali
     return {reason: what for reason, what in removed.items() if what}, calibration, check
 
 
-def edge_positions(
-    before: Mapping[str, DynamicStage], after: Mapping[str, DynamicStage]
-) -> dict[str, tuple[list[int], list[int]]]:
-    """For stages with all their nodes: where the edges that are left, and those that went, lay before."""
-    found = {}
-    for name, stage in before.items():
-        left = set(after[name].edges)
-        kept = [e for e, edge in enumerate(stage.edges) if edge in left]
-        found[name] = kept, [e for e in range(len(stage.edges)) if e not in kept]
-    return found
+def _same_wiring(
+    before: Record, after: Record, wide: Mapping[str, DynamicStage], narrow: Mapping[str, DynamicStage]
+) -> Tensor:
+    """Which images open the same of the edges that are left, bool [B]; no node has gone yet."""
+    same_B = torch.ones(len(before.margin_B), dtype=torch.bool)
+    for name, stage in wide.items():
+        left = [e for e, edge in enumerate(stage.edges) if edge in set(narrow[name].edges)]
+        same_B &= (before.open_BE[name][:, left] == after.open_BE[name]).all(1)
+    return same_B
 
 
 def _narrowed(name: str, stage: DynamicStage, found: Record) -> tuple[DynamicStage, dict[str, list[str]]]:

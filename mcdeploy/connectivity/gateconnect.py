@@ -86,8 +86,8 @@ class StaticRoute(nn.Module):
     Args:
         reads: for every reading branch, which of the ``num_sources`` branches it reads; equally many each.
         channels: of one branch.
-        form: how several sources are joined; ``gather`` adds K channel gathers, ``matmul`` multiplies by a 0-1 matrix, as
-            every route does in training.
+        form: how several sources are joined; ``gather`` adds K channel gathers, ``matmul`` multiplies by a 0-1 matrix,
+            as every route does in training.
     """
 
     def __init__(

@@ -111,7 +111,7 @@ class _Trace(TorchFunctionMode):
 
     def _leave(self, name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            _, version = self.running.pop()
+            version = self.running.pop()[1]
             tensor = args[0] if args and isinstance(args[0], Tensor) else None
             wrote = tensor is not None and tensor._version != version
             for leaf in tree_leaves(output):
@@ -247,9 +247,9 @@ def _why_none(modules: dict[str, nn.Module], trace: _Trace) -> str:
             continue
         calls = [call for child in blocks for call in trace.calls.get(f"{name}.{child}", [])]
         if any(call.input is None or call.output is None for call in calls):
-            return f"the blocks of {name} take or return more than one feature map"
+            return f"the blocks in {name!r} take or return more than one feature map"
         if any(len(run) > 1 for run in _runs(name, container, trace)):
-            return f"the blocks of {name} all change the shape of what they receive"
+            return f"the blocks in {name!r} all change the shape of what they receive"
     return (
         "no container runs two blocks, of at least two weight matrices each, one after the other "
         "with nothing else reading what is between"
