@@ -131,7 +131,10 @@ class ImagesReport:
         axes = figure.subplots()
         widest = max(row.p95_ms for row in self.rows)
         for i, row in enumerate(self.rows):
-            style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "linestyle": ("-", "--", "-.", ":")[i // len(COLOURS) % 4]}
+            style: dict[str, Any] = {
+                "color": COLOURS[i % len(COLOURS)],
+                "linestyle": ("-", "--", "-.", ":")[i // len(COLOURS) % 4],
+            }
             slow = np.sort(row.images_ms)
             shares = 100 * np.arange(1, len(slow) + 1) / len(slow)
             label = f"{row.runner}: mean {with_interval(row.mean_ms)} ms"

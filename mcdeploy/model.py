@@ -40,8 +40,8 @@ def build_backbone(config: ModelConfig, num_classes: int, image_size: int) -> nn
         options["img_size"] = image_size
     try:
         model = timm.create_model(name, pretrained=config.pretrained, num_classes=num_classes, **options)
-    except TypeError as error:
-        raise RecipeError(f"model.backbone: {name} does not take {sorted(options)}: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"model.backbone: {name} does not take {options}: {error}") from error
     except (OSError, RuntimeError) as error:
         if not config.pretrained:
             raise

@@ -38,7 +38,7 @@ def test_one_file_runs_at_every_batch_size_and_answers_what_torch_answers(tmp_pa
 
 
 class Attention(nn.Module):
-    """Attention, 2 heads of 4 numbers, with a mask broadcast over the batch, on tensors of 3 axes (SAM), 4 or 5 (Twins)."""
+    """Attention, 2 heads of 4 numbers, a mask broadcast over the batch, on tensors of 3 axes (SAM), 4 or 5 (Twins)."""
 
     def __init__(self, axes):
         super().__init__()

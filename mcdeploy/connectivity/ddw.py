@@ -94,8 +94,15 @@ class LastPass:
 
     def __deepcopy__(self, memo: dict[int, object]) -> LastPass:
         memo[id(self)] = fresh = LastPass()
-        fresh.block_macs = dict(self.block_macs)
+        for index, macs in self.block_macs.items():
+            fresh.expect(index, macs)
         return fresh
+
+    def expect(self, index: int, macs: tuple[int, ...]) -> None:
+        """Make a place for a stage; torch.compile records a forward pass anew when places appear later."""
+        self.block_macs[index] = macs
+        for kept in (self.weights, self.open, self.executed):
+            kept[index] = torch.empty(0)
 
     def executed_share(self, stages: Collection[int]) -> Tensor:
         """Executed share of the blocks' MACs of these stages, 0..1, one number an image, [B]."""
@@ -188,7 +195,7 @@ class DynamicStage(WiredModule):
         self.constant = dict(constant)
         self.required = required
         self.macs = macs
-        last.block_macs[index] = macs
+        last.expect(index, macs)
         self.channel_axis = channel_axis
         self.config = config
         self.aggregate = config.aggregate
