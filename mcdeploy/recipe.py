@@ -158,6 +158,10 @@ class Recipe(Section):
             raise ValueError(
                 f"train.joint_epochs is for learned wiring; rule: {self.connectivity.rule} has nothing to learn"
             )
+        if getattr(self.connectivity, "warm_up", 0) >= self.train.epochs:
+            raise ValueError(f"connectivity.warm_up must be less than train.epochs ({self.train.epochs})")
+        if self.export.dynamic != "if" and self.connectivity.rule != "ddw":
+            raise ValueError("export.dynamic is for rule: ddw, whose wiring depends on the image")
         if self.train.distill and not (self.model.weights or self.model.pretrained):
             raise ValueError("train.distill follows the starting weights; give model.weights or model.pretrained")
         return self

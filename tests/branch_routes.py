@@ -3,11 +3,13 @@
 PYTHONPATH=tests python -m branch_routes OUT      writes OUT/<backend>.json and prints the tables; minutes
 
 The yardstick is plain ResNeXt of the same shape, compiled. ``masked`` runs every branch, with the wiring of k1.
+Times are CPU time of one thread, so that a busy machine does not count.
 """
 
 import itertools
 import json
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -69,13 +71,13 @@ def folded(model: nn.Module) -> nn.Module:
 def nets() -> dict[str, nn.Module]:
     made = {"plain": folded(branch_net())}
     for form in ("gather", "matmul"):
-        gateconnect.ROUTE_FORM = form
+        gateconnect.FORM_OF_ONE = gateconnect.FORM_OF_SEVERAL = form
         first = mcdeploy.wire(branch_net(), "gateconnect", image_size=32, connect="full")
         fix(first, survivors_topology())
         made[f"k1 {form}"] = folded(first)
         fourth = mcdeploy.wire(branch_net(), "gateconnect", image_size=32, connect="random", fan_in=4)
         made[f"k4 {form}"] = folded(fourth)
-    gateconnect.ROUTE_FORM = "gather"
+    gateconnect.FORM_OF_ONE = "gather"
     masked = mcdeploy.wire(branch_net(), "gateconnect", image_size=32, connect="full")
     fix(masked, survivors_topology())
     wired_stages(masked)["trunk"].skip = frozenset()
@@ -96,7 +98,7 @@ def main(out: Path) -> None:
         "pytorch": [TorchRunner(model, name=name, threads=1) for name, model in made.items()],
     }
     for backend, entered in runners.items():
-        report = compare_latency(entered, batches, seconds=SECONDS)
+        report = compare_latency(entered, batches, seconds=SECONDS, clock=time.process_time)
         (out / f"{backend}.json").write_text(json.dumps(report.to_json(), indent=1))
         Console(width=140).print(report.table())
 

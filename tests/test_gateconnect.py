@@ -269,8 +269,7 @@ class HandWritten(nn.Module):
         self.fourth.set_inputs(shared=False)
         self.head = nn.Sequential(source.global_pool, source.fc)
         # branches 1 and 3 of the second module read (0, 3) and (0, 1) of the first
-        self.register_buffer("one", channels(8, 0, 0), persistent=False)
-        self.register_buffer("other", channels(8, 2, 1), persistent=False)
+        self.register_buffer("pairs", torch.tensor([[1.0, 0.0, 1.0], [1.0, 1.0, 0.0]]), persistent=False)
         # branches 0, 2 of the third read 3, 1 of the second; branches 0..3 of the fourth read 2, 0, 0, 2 of the third
         self.register_buffer("to_third", channels(8, 1, 0), persistent=False)
         self.register_buffer("to_fourth", channels(16, 1, 0, 0, 1), persistent=False)
@@ -278,8 +277,10 @@ class HandWritten(nn.Module):
     def forward(self, x):
         x = self.stem(x)
         y = self.first.residuals(x).reshape(-1, 3, 8, *x.shape[2:]) + (x * 0.5).unsqueeze(1)
-        y = y.reshape(-1, 24, *x.shape[2:])
-        x = torch.relu(y.index_select(1, self.one) + y.index_select(1, self.other))
+        pairs = torch.bmm(
+            self.pairs.expand(x.shape[0], -1, -1), y.reshape(-1, 24, *x.shape[2:]).reshape(x.shape[0], 3, -1)
+        )
+        x = torch.relu(pairs.reshape(-1, 16, *x.shape[2:]))
         y = self.second.residuals(x) + x
         x = torch.relu(y.index_select(1, self.to_third))
         shortcut = self.third.downsample(x.reshape(-1, 8, *x.shape[2:]))

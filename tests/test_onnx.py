@@ -11,7 +11,7 @@ from tiny_models import images, small_resnet, timm_model, train_a_step, wired_re
 from torch import nn
 
 import mcdeploy
-from mcdeploy.backends.onnx import _check, export_onnx, export_program, read_opset
+from mcdeploy.backends.onnx import _check, _reason, export_onnx, export_program, read_opset
 from mcdeploy.connectivity.wiring import fix, topology_of, wired_stages
 from mcdeploy.errors import BackendError
 
@@ -77,6 +77,7 @@ def test_the_reason_of_a_failed_export_is_the_one_it_started_with(tmp_path):
         def forward(self, x):
             return x.unknown
 
+    assert _reason(RuntimeError("input 'a' of node: \nname: b\nmore")) == "input 'a' of node: name: b"
     with pytest.raises(BackendError, match=r"Stubborn failed: '\w*Tensor' object has no attribute 'unknown'$"):
         export_onnx(Stubborn(), tmp_path / "m.onnx", images(2, 4))
 

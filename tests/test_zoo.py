@@ -34,22 +34,38 @@ def test_a_family_that_cannot_be_wired_is_refused_in_a_sentence():
     assert row.passed_over == ["tnt_s_legacy_patch16_224", "tnt_s_patch16_224", "tnt_b_patch16_224"]
 
 
-def test_nothing_constant_is_left_in_a_scrambled_model():
-    model = timm.create_model("test_convnext", num_classes=10)
+def test_nothing_constant_is_left_in_a_scrambled_model_and_its_answer_depends_on_the_image():
+    model = timm.create_model("resnet18", num_classes=10)
     assert any(parameter.min() == parameter.max() for parameter in model.parameters())
-    zoo.scramble_all(model)
+    zoo.scramble_all(model, zoo.images(8, 32))
     assert not any(parameter.min() == parameter.max() for parameter in model.parameters())
+    with torch.no_grad():
+        one, other = model(zoo.images(2, 32))
+    assert (one - other).abs().max() > 0.1 * one.abs().max()
 
 
-def test_an_answer_that_is_off_or_not_finite_breaks_a_family():
-    class Off:
-        def infer(self, images):
-            return images * 1.01
+class Off:
+    """A runner that is off by a share of the answer, or answers only some of the images."""
 
-    with pytest.raises(AssertionError, match=r"off by 1\.0e-02 at batch 2"):
-        zoo.compare(nn.Identity(), Off(), torch.ones(2, 3))
+    def __init__(self, share=0.0, leave_out=0):
+        self.share = share
+        self.leave_out = leave_out
+
+    def infer(self, images):
+        return images[self.leave_out :] * (1 + self.share)
+
+
+def test_an_answer_that_is_off_or_says_nothing_breaks_a_family():
+    batch = torch.tensor([[1.0, 2.0], [1.1, 2.0], [1.0, 2.0]])
+    zoo.compare(nn.Identity(), Off(1e-5), batch)
+    with pytest.raises(AssertionError, match=r"off by 2\.0e-03 at batch 1"):  # 1e-4 of 2, by a spread of 0.1
+        zoo.compare(nn.Identity(), Off(1e-4), batch)
+    with pytest.raises(AssertionError, match=r"answers \(0, 2\) at batch 1"):
+        zoo.compare(nn.Identity(), Off(leave_out=1), batch)
+    with pytest.raises(AssertionError, match="every image gets the same answer"):
+        zoo.compare(nn.Identity(), Off(), torch.ones(3, 2))
     with pytest.raises(AssertionError, match="not finite"):
-        zoo.compare(nn.Identity(), Off(), torch.full((2, 3), torch.inf))
+        zoo.compare(nn.Identity(), Off(), torch.full((3, 2), torch.inf))
 
 
 def test_the_page_holds_every_family_of_this_timm_and_none_is_broken():

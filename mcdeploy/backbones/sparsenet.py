@@ -158,9 +158,11 @@ class SparseNet(nn.Module):
         global_pool: str = "avg",
     ) -> None:
         super().__init__()
+        growths = (growth,) * len(num_units) if isinstance(growth, int) else growth
+        if len(growths) != len(num_units) or (base is not None and base < 2) or not 0 < theta <= 1:
+            raise ValueError("growth needs one number, or one a stage; base at least 2; theta above 0 and at most 1")
         self.drop_rate = drop_rate
         self.stem = _small_stem(in_chans, stem) if small_images else _large_stem(in_chans, stem)
-        growths = (growth,) * len(num_units) if isinstance(growth, int) else growth
         channels, reduction = stem, 1 if small_images else 4
         self.feature_info: list[dict[str, Any]] = []
         for s, (units, k) in enumerate(zip(num_units, growths, strict=True), start=1):

@@ -128,8 +128,10 @@ def _reason(error: BaseException) -> str:
     """The first line of what started it; the exporter's own errors are long and say what step it was."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else repr(error)
+    first, _, rest = str(error).strip().partition("\n")
+    if first.rstrip().endswith(":"):  # the ONNX checker goes on in the next line
+        first = f"{first.rstrip()} {rest.partition(chr(10))[0]}"
+    return first or repr(error)
 
 
 def _check(path: Path, opset: int) -> None:

@@ -73,7 +73,7 @@ class DdwConfig(RuleConfig):
 
     @model_validator(mode="after")
     def _starts_open(self) -> DdwConfig:
-        start = 1 / (1 + math.exp(-self.open_bias / self.temperature))
+        start = 0.5 * (1 + math.tanh(self.open_bias / self.temperature / 2))
         if start < self.tau:
             raise ValueError(f"open_bias {self.open_bias} starts every edge at {start:.3f}, closed by tau {self.tau}")
         if self.target_open is not None and self.tau == 0:
@@ -402,7 +402,7 @@ class DynamicStage(WiredModule):
         """Set the threshold and the temperature of an epoch, 0 to ``epochs`` - 1."""
         config = self.config
         end = config.temperature_end or config.temperature
-        progress = epoch / max(1, epochs - 1)
+        progress = 1.0 if epochs == 1 else epoch / (epochs - 1)
         self.tau.fill_(0.0 if epoch < config.warm_up else config.tau)
         self.temperature.fill_(config.temperature ** (1 - progress) * end**progress)
 

@@ -41,7 +41,9 @@ from mcdeploy.section import Count, GatedConfig, Positive
 
 Identity = Literal["average", "sum", "mean"]
 Reads = tuple[tuple[int, ...], ...]  # for every branch of a module, the branches of the module before that it reads
-ROUTE_FORM: Literal["gather", "matmul"] = "gather"
+Form = Literal["gather", "matmul"]
+FORM_OF_ONE: Form = "gather"  # of a route with one source a branch; by measurement, see tests/branch_routes.py
+FORM_OF_SEVERAL: Form = "matmul"
 
 
 class GateConnectConfig(GatedConfig):
@@ -53,7 +55,6 @@ class GateConnectConfig(GatedConfig):
     identity: Identity = "average"
     gate_lr: Positive = 0.02
     gate_grad: Literal["raw", "normalised"] = "normalised"
-    gate_init: Literal["uniform"] = "uniform"
     wiring_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
     @model_validator(mode="after")
@@ -97,14 +98,14 @@ class StaticRoute(nn.Module):
         channels: int,
         scale: float,
         device: torch.device,
-        form: Literal["gather", "matmul"] | None = None,
+        form: Form | None = None,
     ) -> None:
         super().__init__()
         self.num_sources = num_sources
         self.channels = channels
         self.fan_in = len(reads[0])
         self.scale = scale
-        self.form = form or ROUTE_FORM
+        self.form = form or (FORM_OF_ONE if self.fan_in == 1 else FORM_OF_SEVERAL)
         self.is_shared = len(set(reads)) == 1  # one tensor for all readers, and so one group in their first convolution
         rows = reads[:1] if self.is_shared else reads
         self.is_same = self.fan_in == 1 and rows == tuple((k,) for k in range(num_sources))
