@@ -56,7 +56,8 @@ def demo(
         from mcdeploy import demo as showing
     with _extra("mcdeploy demo", "serve"):
         import uvicorn  # noqa: F401
-    from mcdeploy.recipe import load_recipe
+    with _extra("mcdeploy demo", "train"):
+        from mcdeploy.recipe import load_recipe
 
     if (out / "checkpoint.safetensors").exists() and out != Path("demo"):
         raise InputError(f"{out}: holds a run already; give another --out")
@@ -86,7 +87,8 @@ def train(
     json_file: JsonOption = None,
 ) -> None:
     """Train a recipe; leaves a checkpoint, metrics.jsonl and TensorBoard files in the run folder."""
-    from mcdeploy.recipe import load_recipe
+    with _extra("mcdeploy train", "train"):
+        from mcdeploy.recipe import load_recipe
 
     loaded = load_recipe(_find_recipe(recipe), tuple(overrides))
     run = out or Path("runs") / loaded.name
@@ -362,7 +364,7 @@ def _open_run(run: Path) -> tuple[Recipe, Any, dict[str, Any]]:
     with _extra("mcdeploy", "train"):
         from mcdeploy.checkpoint import load_checkpoint
         from mcdeploy.model import restore_trained
-    from mcdeploy.recipe import parse_recipe
+        from mcdeploy.recipe import parse_recipe
 
     checkpoint = load_checkpoint(run)
     recipe = parse_recipe(checkpoint.header["recipe"], f"{run}: recipe")

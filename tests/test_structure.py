@@ -12,7 +12,7 @@ LINE = [
     "errors", "section", "connectivity.topology", "connectivity.stages", "connectivity.gates", "connectivity.loops",
     "connectivity.wiring", "backbones", "connectivity.fixed", "connectivity.sparse", "connectivity.maskconnect",
     "connectivity.gateconnect", "connectivity.ddw", "connectivity.nnmass", "connectivity.rules", "connectivity",
-    "recipe", "data", "checkpoint", "model", "evaluate", "train", "compile.prune", "compile.fold", "compile.certify",
+    "recipe", "data", "checkpoint", "model", "evaluate", "train", "compile.prune", "compile.fold", "compile.branches", "compile.certify",
     "compile.conditional", "compile.dynamic", "compile", "memory", "backends.onnx", "backends.pytorch", "backends",
     "verify", "bench", "bench_images", "package", "static", "draw", "report", "search", "targets", "demo", "cli",
 ]  # fmt: skip
