@@ -9,12 +9,13 @@ import mcdeploy
 
 ROOT = Path(__file__).parents[1]
 LINE = [
-    "errors", "section", "connectivity.topology", "connectivity.stages", "connectivity.gates", "connectivity.loops",
-    "connectivity.wiring", "backbones", "connectivity.fixed", "connectivity.sparse", "connectivity.maskconnect",
-    "connectivity.gateconnect", "connectivity.ddw", "connectivity.nnmass", "connectivity.rules", "connectivity",
-    "recipe", "data", "checkpoint", "model", "evaluate", "train", "compile.prune", "compile.fold", "compile.branches", "compile.certify",
-    "compile.conditional", "compile.dynamic", "compile", "memory", "backends.onnx", "backends.pytorch", "backends",
-    "verify", "bench", "bench_images", "package", "static", "draw", "report", "search", "targets", "demo", "cli",
+    "errors", "section", "connectivity.topology", "connectivity.stages", "connectivity.gates",
+    "connectivity.loops", "connectivity.wiring", "backbones", "connectivity.fixed", "connectivity.sparse",
+    "connectivity.maskconnect", "connectivity.gateconnect", "connectivity.ddw", "connectivity.nnmass",
+    "connectivity.rules", "connectivity", "recipe", "data", "checkpoint", "model", "evaluate", "train",
+    "compile.prune", "compile.fold", "compile.branches", "compile.certify", "compile.conditional",
+    "compile.dynamic", "compile", "memory", "backends.onnx", "backends.pytorch", "backends", "verify", "bench",
+    "bench_images", "package", "static", "draw", "report", "search", "targets", "demo", "cli",
 ]  # fmt: skip
 
 
@@ -30,7 +31,8 @@ def imports_of(tree):
             base = (node.module or "").removeprefix("mcdeploy").lstrip(".")
             for alias in node.names:
                 inner = f"{base}.{alias.name}".lstrip(".")
-                yield inner if inner in LINE else base
+                home = "backbones" if base.startswith("backbones") else base
+                yield inner if inner in LINE else home
         elif isinstance(node, ast.Import):
             yield from (a.name.removeprefix("mcdeploy.") for a in node.names if a.name.startswith("mcdeploy."))
 
