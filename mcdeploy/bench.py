@@ -200,21 +200,12 @@ class BenchReport:
             MissingExtraError: matplotlib is not installed.
             InputError: another kind of file.
         """
-        path = Path(path)
-        if path.suffix not in (".png", ".svg", ".pdf"):
-            raise InputError(f"{path}: a plot is a .png, .svg or .pdf file; give it one of these suffixes")
-        try:
-            from matplotlib.backends.backend_agg import FigureCanvasAgg
-            from matplotlib.figure import Figure
-        except ImportError:
-            raise MissingExtraError("a latency plot", "matplotlib", "train") from None
         batches = list(dict.fromkeys(row.batch for row in self.latencies))
-        figure = Figure(figsize=(7.5, 0.8 + 3.3 * len(batches)), layout="constrained", facecolor="white")
-        FigureCanvasAgg(figure)
+        figure = figure_for(path, (7.5, 0.8 + 3.3 * len(batches)))
         for axes, batch in zip(np.atleast_1d(figure.subplots(len(batches), 1)), batches, strict=True):
             rows = [row for row in self.latencies if row.batch == batch]
             for i, row in enumerate(rows):
-                style = {"color": COLOURS[i % len(COLOURS)], "linestyle": ("-", "--", "-.", ":")[i // len(COLOURS) % 4]}
+                style = style_of(i)
                 shares, times_ms = distribution(row)
                 label = f"{row.runner}: p50 {with_interval(row.p50_ms)} ms, n = {row.num_samples}"
                 axes.plot(times_ms, shares, linewidth=2, label=label, **style)
@@ -267,14 +258,14 @@ def compare_latency(
     """
     _check_input(runners, images, seconds, warmup_seconds, min_rounds, providers or {})
     tell = progress or (lambda what, share: None)
-    machine = _machine()
+    machine = describe_machine()
     with ExitStack() as stack:
         measured = []
         for runner in runners:
             before = _resident_bytes()
             stack.enter_context(runner)
             measured.append(Measured(runner.name, runner.facts(), _resident_bytes() - before, 0))
-        _check_providers(measured, providers or {})
+        check_providers(measured, providers or {})
         latencies: list[Latency] = []
         for done, (batch, batch_images) in enumerate(sorted(images.items())):
             share = done / len(images)
@@ -300,7 +291,7 @@ def compare_latency(
                     f"to {runner.facts()}; the numbers were thrown away, measure again"
                 )
     tell("done", 1.0)
-    machine["load average after"] = _load_average()
+    machine["load average after"] = load_average()
     created = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     return BenchReport(created, tuple(measured), tuple(latencies), machine, dict(METHOD))
 
@@ -419,7 +410,31 @@ def _check_input(
         )
 
 
-def _check_providers(measured: Sequence[Measured], providers: Mapping[str, str]) -> None:
+def figure_for(path: Path | str, size: tuple[float, float]) -> Any:
+    """An empty matplotlib figure for a file; size: width and height in inches.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        InputError: another kind of file than .png, .svg or .pdf.
+    """
+    if Path(path).suffix not in (".png", ".svg", ".pdf"):
+        raise InputError(f"{path}: a plot is a .png, .svg or .pdf file; give it one of these suffixes")
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise MissingExtraError("a latency plot", "matplotlib", "train") from None
+    figure = Figure(figsize=size, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def style_of(line: int) -> dict[str, Any]:
+    """Colour and dashes of a plot's n-th line."""
+    return {"color": COLOURS[line % len(COLOURS)], "linestyle": ("-", "--", "-.", ":")[line // len(COLOURS) % 4]}
+
+
+def check_providers(measured: Sequence[Measured], providers: Mapping[str, str]) -> None:
     for runner in measured:
         wanted, used = providers.get(runner.name), runner.facts.get("provider")
         if wanted is not None and used != wanted:
@@ -595,14 +610,14 @@ def _resident_bytes() -> int:
     return psutil.Process().memory_info().rss
 
 
-def _machine() -> dict[str, str]:
+def describe_machine() -> dict[str, str]:
     """The machine in words; its name is nobody's business."""
     return {
         "cpu": _cpu_model(),
         "cores usable": str(available_threads()),
         "cores": str(os.cpu_count()),
         "system": f"{platform.system()} {platform.machine()}",
-        "load average before": _load_average(),
+        "load average before": load_average(),
     }
 
 
@@ -617,7 +632,7 @@ def _cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     return platform.processor() or platform.machine()
 
 
-def _load_average() -> str:
+def load_average() -> str:
     return f"{os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else "unknown"
 
 

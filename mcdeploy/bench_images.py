@@ -24,17 +24,18 @@ from rich.table import Table
 from rich.text import Text
 
 from mcdeploy.bench import (
-    COLOURS,
     RESAMPLES,
     Interval,
     Measured,
-    _check_providers,
-    _load_average,
-    _machine,
+    check_providers,
+    describe_machine,
+    figure_for,
+    load_average,
     order_of_round,
+    style_of,
     with_interval,
 )
-from mcdeploy.errors import BackendError, InputError, MissingExtraError
+from mcdeploy.errors import BackendError, InputError
 
 METHOD = {
     "timed region": (
@@ -118,23 +119,11 @@ class ImagesReport:
             MissingExtraError: matplotlib is not installed.
             InputError: another kind of file.
         """
-        path = Path(path)
-        if path.suffix not in (".png", ".svg", ".pdf"):
-            raise InputError(f"{path}: a plot is a .png, .svg or .pdf file; give it one of these suffixes")
-        try:
-            from matplotlib.backends.backend_agg import FigureCanvasAgg
-            from matplotlib.figure import Figure
-        except ImportError:
-            raise MissingExtraError("a latency plot", "matplotlib", "train") from None
-        figure = Figure(figsize=(7.5, 3.8 + 0.25 * len(self.rows)), layout="constrained", facecolor="white")
-        FigureCanvasAgg(figure)
+        figure = figure_for(path, (7.5, 3.8 + 0.25 * len(self.rows)))
         axes = figure.subplots()
         widest = max(row.p95_ms for row in self.rows)
         for i, row in enumerate(self.rows):
-            style: dict[str, Any] = {
-                "color": COLOURS[i % len(COLOURS)],
-                "linestyle": ("-", "--", "-.", ":")[i // len(COLOURS) % 4],
-            }
+            style = style_of(i)
             slow = np.sort(row.images_ms)
             shares = 100 * np.arange(1, len(slow) + 1) / len(slow)
             label = f"{row.runner}: mean {with_interval(row.mean_ms)} ms"
@@ -184,12 +173,12 @@ def compare_over_images(
     if len(images) < 2 or rounds < 1:
         raise InputError(f"bench: expected 2 images or more and 1 round or more, got {len(images)} and {rounds}")
     tell = progress or (lambda what, share: None)
-    machine = _machine()
+    machine = describe_machine()
     with ExitStack() as stack:
         for runner in runners:
             stack.enter_context(runner)
         facts = [runner.facts() for runner in runners]
-        _check_providers(
+        check_providers(
             [Measured(name, found, 0, 0) for name, found in zip(names, facts, strict=True)], providers or {}
         )
         tell("warm-up", 0.0)
@@ -206,7 +195,7 @@ def compare_over_images(
                     f"{runner.facts()}; the numbers were thrown away, measure again"
                 )
     tell("done", 1.0)
-    machine["load average after"] = _load_average()
+    machine["load average after"] = load_average()
     return ImagesReport(
         created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         images=len(images),

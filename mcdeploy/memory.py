@@ -16,29 +16,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
-
-from mcdeploy.compile.prune import count_macs, count_parameters
-
-
-class Cost(NamedTuple):
-    """What one image costs."""
-
-    parameters: int
-    macs: int
-    peak_activation_bytes: int
-
-
-def describe_cost(model: nn.Module, example: Tensor) -> Cost:
-    """Parameters, multiply-accumulates of one image, and its peak activation memory.
-
-    Args:
-        example: images [B, C, H, W]; the first one is used.
-    """
-    return Cost(count_parameters(model), count_macs(model, example), peak_activation_bytes(model, example))
 
 
 def peak_activation_bytes(model: nn.Module, example: Tensor) -> int:

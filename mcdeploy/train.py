@@ -151,7 +151,10 @@ def train(
 
             _reseed(seed, epoch, accelerator.process_index)
             set_epoch(loaders.train, epoch)
-            _call(model, "start_epoch", epoch, config.epochs)
+            for learned in (model, ema.module) if ema else (model,):
+                for stage in wired_stages(learned).values():
+                    stage.start_epoch(epoch, config.epochs)
+            stages = wired_stages(model)
             forward.train()
             pending: list[Tensor] = []
             rates: list[float] = []
@@ -168,8 +171,7 @@ def train(
                 loss = loss_of(logits, labels)
                 if teacher is not None:
                     loss = (1 - config.distill) * loss + config.distill * _distillation(logits, teacher, images)
-                for penalty in _call(model, "penalty"):
-                    loss = loss + penalty
+                loss = sum((added for s in stages.values() if (added := s.penalty()) is not None), start=loss)
                 accelerator.backward(loss)
                 if config.clip_grad:
                     accelerator.clip_grad_norm_(weights(model), config.clip_grad)
@@ -182,7 +184,8 @@ def train(
                     gates.step(grad_scale=scale)
                 optimizer.zero_grad()
                 scheduler.step_update(update + 1)
-                _call(model, "after_step")
+                for stage in stages.values():
+                    stage.after_step()
                 if ema:
                     ema.update(model, step=update)
                 pending.append(loss.detach())
@@ -202,7 +205,7 @@ def train(
             if last or (epoch + 1) % config.eval_every == 0:
                 accuracy = _evaluate(accelerator, evaluated, val_loader)
             if log:
-                statistics = dict(zip(_owners(model, "statistics"), _call(model, "statistics"), strict=True))
+                statistics = {name: found for name, stage in stages.items() if (found := stage.statistics())}
                 log.epoch(epoch, epoch_loss / steps_per_epoch, accuracy, gate_values(model), statistics)
                 _save(out, {**kept, "epochs_done": epoch + 1}, model, ema, optimizer.optimizer, gates, accuracy)
             seconds = time.perf_counter() - started
@@ -285,15 +288,6 @@ def _loss(config: TrainConfig, soft_targets: bool) -> Callable[[Tensor, Tensor],
     if soft_targets:
         return SoftTargetCrossEntropy()
     return LabelSmoothingCrossEntropy(config.label_smoothing) if config.label_smoothing else nn.CrossEntropyLoss()
-
-
-def _owners(model: nn.Module, hook: str) -> list[str]:
-    """Module paths of what takes part in the loop: ``start_epoch``, ``penalty``, ``after_step``, ``statistics``."""
-    return [name for name, module in model.named_modules() if callable(getattr(module, hook, None))]
-
-
-def _call(model: nn.Module, hook: str, *args: Any) -> list[Any]:
-    return [getattr(model.get_submodule(name), hook)(*args) for name in _owners(model, hook)]
 
 
 def _distillation(logits: Tensor, teacher: nn.Module, images: Tensor) -> Tensor:

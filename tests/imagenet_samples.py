@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from torchvision import transforms
 
 from mcdeploy.connectivity.gates import GateOptimizer, weights
+from mcdeploy.connectivity.wiring import wired_stages
 from mcdeploy.errors import McdeployError
 from mcdeploy.model import build_model
 from mcdeploy.recipe import Recipe, load_recipe
 from mcdeploy.section import GatedConfig
-from mcdeploy.train import _call, _loss, _optimizer
+from mcdeploy.train import _loss, _optimizer
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -42,13 +43,14 @@ class Steps:
         learned = isinstance(rule, GatedConfig) and rule.has_joint_phase()
         self.gates = GateOptimizer(self.model, rule.gate_lr, rule.gate_grad, recipe.seed) if learned else None
         self.loss_of = _loss(recipe.train, soft_targets=False)
-        _call(self.model, "start_epoch", 0, recipe.train.epochs)
+        self.stages = wired_stages(self.model).values()
+        for stage in self.stages:
+            stage.start_epoch(0, recipe.train.epochs)
 
     def step(self, images_BCHW: Tensor, labels_B: Tensor) -> float:
         """One step of weights and gates, in float32; returns the loss."""
         loss = self.loss_of(self.model(images_BCHW), labels_B)
-        for penalty in _call(self.model, "penalty"):
-            loss = loss + penalty
+        loss = sum((added for stage in self.stages if (added := stage.penalty()) is not None), start=loss)
         loss.backward()
         if self.recipe.train.clip_grad:
             nn.utils.clip_grad_norm_(weights(self.model), self.recipe.train.clip_grad)
@@ -56,7 +58,8 @@ class Steps:
         if self.gates:
             self.gates.step()
         self.optimizer.zero_grad()
-        _call(self.model, "after_step")
+        for stage in self.stages:
+            stage.after_step()
         return loss.item()
 
 

@@ -6,9 +6,8 @@ from tiny_models import images, wired_resnet
 from torch import nn
 
 from mcdeploy.backbones.sparsenet import SparseNet
-from mcdeploy.compile.prune import count_macs, count_parameters
 from mcdeploy.connectivity.wiring import fix, topology_of
-from mcdeploy.memory import describe_cost, peak_activation_bytes
+from mcdeploy.memory import peak_activation_bytes
 
 MAP = 4 * 8 * 8  # bytes of one channel of 8x8 float32
 
@@ -102,12 +101,7 @@ def test_dead_blocks_cost_nothing_and_wide_reading_costs_what_it_keeps():
     assert peak_activation_bytes(everything, example) == peak_activation_bytes(chain, example) < before
 
 
-def test_the_three_costs_come_together_and_the_model_stays_in_its_mode():
+def test_the_model_stays_in_its_mode():
     model = wired_resnet("chain").train()
-    cost = describe_cost(model, images(2, 16))
-    assert cost == (
-        count_parameters(model),
-        count_macs(model, images(1, 16)),
-        peak_activation_bytes(model, images(1, 16)),
-    )
+    assert peak_activation_bytes(model, images(2, 16)) == peak_activation_bytes(model, images(1, 16)) > 0
     assert model.training

@@ -10,8 +10,10 @@ import pytest
 import torch
 from runs import short_recipe, write_recipe
 
+from mcdeploy import train as train_module
 from mcdeploy.checkpoint import FILE_NAME, load_checkpoint
 from mcdeploy.cli import _open_run, _train
+from mcdeploy.connectivity.ddw import dynamic_stages
 from mcdeploy.connectivity.maskconnect import MaskEdges
 from mcdeploy.errors import BackendError, CheckpointError, InputError, TrainingError
 from mcdeploy.train import _stop_if_not_finite
@@ -42,15 +44,25 @@ CLI = [sys.executable, "-m", "mcdeploy.cli"]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'export'}", "OMP_NUM_THREADS": "1"}
 
 
-@pytest.mark.parametrize("connectivity", ["learned", "ema and dropout"])
-def test_a_run_killed_with_sigkill_and_resumed_repeats_the_losses_bit_for_bit(tmp_path, connectivity):
-    train = (
-        {"epochs": 4, "joint_epochs": 2, "ema_decay": 0.9}
-        if connectivity != "learned"
-        else {"epochs": 4, "joint_epochs": 2}
-    )
-    data = {"mixup": 0.2} if connectivity != "learned" else {}
-    recipe = short_recipe(train=train, data=data)
+PHASES = {"epochs": 4, "joint_epochs": 2}
+RESUMED = {
+    "learned": {"train": PHASES},
+    "ema and dropout": {"train": {**PHASES, "ema_decay": 0.9}, "data": {"mixup": 0.2}},
+    "gateconnect": {
+        "model": {"backbone": "multibranch20_8x4d_cifar", "options": {"channels": 8, "stem_channels": 8}},
+        "connectivity": {"rule": "gateconnect", "fan_in": 1},
+        "train": PHASES,
+    },
+    "ddw": {
+        "connectivity": {"rule": "ddw", "warm_up": 1, "temperature_end": 0.5, "target_open": 0.6},
+        "train": {"epochs": 4, "joint_epochs": 0, "ema_decay": 0.9},
+    },
+}
+
+
+@pytest.mark.parametrize("changes", RESUMED.values(), ids=RESUMED)
+def test_a_run_killed_with_sigkill_and_resumed_repeats_the_losses_bit_for_bit(tmp_path, changes):
+    recipe = short_recipe(**changes)
     _train(recipe, tmp_path / "straight", resume=False)
 
     path = write_recipe(tmp_path / "short.yaml", recipe)
@@ -66,9 +78,25 @@ def test_a_run_killed_with_sigkill_and_resumed_repeats_the_losses_bit_for_bit(tm
     assert 1 <= done < 4, errors
     _train(recipe, killed, resume=True)
     assert losses(killed) == losses(tmp_path / "straight")
+    assert rows(killed, "epoch") == rows(tmp_path / "straight", "epoch")
     one, other = (load_checkpoint(run).tensors for run in (killed, tmp_path / "straight"))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_an_averaged_copy_warms_up_with_the_model(tmp_path, monkeypatch):
+    seen = []
+
+    def remember(accelerator, model, loader):
+        seen.append({(float(s.tau), float(s.temperature)) for s in dynamic_stages(model).values()})
+        return evaluate(accelerator, model, loader)
+
+    evaluate = train_module._evaluate
+    monkeypatch.setattr(train_module, "_evaluate", remember)
+    connectivity = {"rule": "ddw", "warm_up": 1, "temperature_end": 0.5}
+    train = {"epochs": 2, "joint_epochs": 0, "ema_decay": 0.9}
+    _train(short_recipe(connectivity=connectivity, train=train), tmp_path, resume=False)
+    assert seen == [{(0.0, 1.0)}, {(0.5, 0.5)}]
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path):

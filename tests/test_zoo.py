@@ -68,11 +68,10 @@ def test_an_answer_that_is_off_or_says_nothing_breaks_a_family():
         zoo.compare(nn.Identity(), Off(), torch.full((3, 2), torch.inf))
 
 
-def test_the_page_holds_every_family_of_this_timm_and_none_is_broken():
-    if f"timm {timm.__version__}," not in PAGE.read_text():
-        pytest.skip("the page was made with another timm")
+def test_the_page_holds_every_family_of_its_timm_and_none_is_broken():
     rows = committed()
-    assert list(rows) == zoo.families()
+    if f"timm {timm.__version__}," in PAGE.read_text():  # another timm may have other families
+        assert list(rows) == zoo.families()
     results = [row["result"].split()[0] for row in rows.values()]
     assert set(results) == {"ok", "refused"}
     assert results.count("ok") >= 0.85 * len(results)

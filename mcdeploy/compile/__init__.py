@@ -6,7 +6,8 @@ freeze   learned gates become a fixed wiring            exact
 prune    dead blocks and their parameters go            exact
          static stages of such a net become plain       float64, relative 1e-10
 unwrap   stages that read like a chain become plain     exact
-fold     batch norm goes into the convolution before    float64, relative 1e-10
+fold     batch norm goes into the convolution before;   float64, relative 1e-10
+         branches that are only added up become one
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from mcdeploy.compile.branches import merge_summed_branches
 from mcdeploy.compile.certify import RTOL_FLOAT32, Certificate, Check, check_close, check_equal, double_copy
 from mcdeploy.compile.dynamic import Calibration, mean_macs, narrow, open_everything, settle, settled
 from mcdeploy.compile.fold import Pairs, find_foldable, fold_batch_norms
@@ -67,6 +69,7 @@ def compile_with_certificate(
     for scrambled in (False, True):
         checks += _check_on_copies(frozen, pairs, example.double().cpu(), scrambled, is_exact=calibrated is None)
     removed["batch norm folded into the convolution before it"] = fold_batch_norms(small, pairs)
+    removed["convolution in groups whose branches are only added up"] = merge_summed_branches(small)
     checks.append(check_close(frozen, small, example, "fold", "as trained", RTOL_FLOAT32))
     before = frozen if calibrated is None else given
     certificate = Certificate(
@@ -109,6 +112,7 @@ def _check_on_copies(
     check_pruned: Callable[..., Check] = check_equal if is_exact else check_close
     pruned = check_pruned(before, after, example, "prune", bn)
     fold_batch_norms(after, pairs)
+    merge_summed_branches(after)
     return [pruned, check_close(before, after, example, "fold", bn)]
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from mcdeploy.backbones.multibranch import BranchModule
 from mcdeploy.connectivity.gateconnect import BranchStack
+from mcdeploy.connectivity.wiring import WiredStage
 
 
 def merge_summed_branches(model: nn.Module) -> list[str]:
@@ -23,21 +24,23 @@ def merge_summed_branches(model: nn.Module) -> list[str]:
     Returns:
         Module paths of the convolutions that were merged, empty when nothing changed.
     """
-    private = {
-        child
-        for stack in model.modules()
-        if isinstance(stack, BranchStack)
-        for child, is_summed in stack.summed()
-        if not is_summed
-    }
+    summed = {module for parent in model.modules() for module in _summed_modules(parent)}
     merged = []
     for name, module in model.named_modules():
-        if isinstance(module, BranchModule) and module not in private and module.conv3.groups > 1:
+        if isinstance(module, BranchModule) and module in summed and module.conv3.groups > 1:
             if not isinstance(module.bn3, nn.Identity) or module.conv3.bias is None:
                 continue
             module.conv3 = _ungrouped(module.conv3)
             merged.append(f"{name}.conv3")
     return merged
+
+
+def _summed_modules(parent: nn.Module) -> list[nn.Module]:
+    """The children of which nothing but the sum of their branches is read; none where a forward is not known."""
+    if isinstance(parent, BranchStack):
+        return [child for child, is_summed in parent.summed() if is_summed]
+    is_called = isinstance(parent, WiredStage) or type(parent) is nn.Sequential
+    return list(parent.children()) if is_called else []
 
 
 def _ungrouped(conv: nn.Conv2d) -> nn.Conv2d:

@@ -39,7 +39,7 @@ class Cell:
 
     def num_skips(self) -> int:
         """Skip channels of all layers: sum over i = 2 .. d_c - 1 of min{w_c (i - 1), t_c}."""
-        return sum(min(self.width * (i - 1), self.skips) for i in range(2, self.depth))
+        return sum(nnmass_cells.num_skips(self.width, i, self.skips) for i in range(self.depth))
 
     def density(self) -> float:
         """rho_c, 0..1 (eq. 1); 0 for a cell too shallow for a skip."""

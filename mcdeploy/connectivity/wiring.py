@@ -109,6 +109,20 @@ class WiredModule(nn.Module):
         """Learned gates for logs and plots, one list a node and one number in 0..1 a candidate; None without gates."""
         return None
 
+    def start_epoch(self, epoch: int, epochs: int) -> None:
+        """Called before each epoch, 0 to ``epochs`` - 1; of an averaged copy too."""
+
+    def penalty(self) -> Tensor | None:
+        """What the last forward pass adds to the loss, a scalar, in training."""
+        return None
+
+    def after_step(self) -> None:
+        """Called after each training step."""
+
+    def statistics(self) -> dict[str, Any]:
+        """Numbers of the epoch for the log."""
+        return {}
+
 
 class WiredStage(WiredModule):
     """A run of blocks, each fed by ``edges`` from earlier nodes.
