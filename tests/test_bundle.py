@@ -13,8 +13,8 @@ import pytest
 from mcruntime.bundle import SUFFIXES, load_bundle, seal
 from mcruntime.engine import OnnxRunner
 from mcruntime.errors import BundleError, InputError, ParityError
-from mcruntime.manifest import Manifest, ModelOutput, Parity, SelfTest
-from tiny_onnx import BIAS, expected_logits, some_images, tiny_manifest, write_bundle, write_model
+from mcruntime.manifest import Manifest, ModelOutput, Parity
+from tiny_onnx import BIAS, expected_logits, some_images, tiny_file, tiny_manifest, write_bundle, write_model
 
 
 class Answers:
@@ -76,7 +76,7 @@ def test_a_sealed_bundle_loads_and_lists_every_file(folder):
 def test_the_id_follows_the_content_and_not_the_time(tmp_path, folder):
     first = load_bundle(folder).manifest
     later = first.model_copy(update={"created": "2099-01-01T00:00:00Z"})
-    other = first.model_copy(update={"opset": 21})
+    other = first.model_copy(update={"git_commit": "0" * 40})
     assert first.id == later.id != other.id
     again = seal(folder, tiny_manifest())
     assert again.id == first.id
@@ -179,16 +179,16 @@ def test_no_folder_no_manifest_and_no_json_are_three_different_sentences(folder,
     assert "no manifest.json" in refusal(folder)
 
 
-@pytest.mark.parametrize("version", [2, 0, "1", None])
+@pytest.mark.parametrize("version", [3, 1, "2", None])
 def test_another_schema_version_is_refused_by_number(folder, version):
     path = folder / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": version}))
-    assert f"schema_version is {version!r}, this mcdeploy reads 1" in refusal(folder)
+    assert f"schema_version is {version!r}, this mcdeploy reads 2" in refusal(folder)
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("surprise", 1), ("opset", "20"), ("labels", ["red"]), ("name", "../x"), ("name", "a b"), ("parity", []),
+    [("surprise", 1), ("git_commit", "main"), ("labels", ["red"]), ("name", "../x"), ("name", "a b"), ("parity", []),
      ("created", "yesterday"), ("parents", {"recipe": "abc"}), ("params", {"before": -1, "after": 0})],
 )  # fmt: skip
 def test_a_wrong_key_or_value_in_the_manifest_is_refused(folder, key, value):
@@ -200,7 +200,7 @@ def test_a_wrong_key_or_value_in_the_manifest_is_refused(folder, key, value):
 
 
 def test_a_parity_check_that_did_not_pass_is_refused_when_sealing_and_when_loading(folder):
-    failed = Parity(hop="fold", batch=1, images="noise", max_abs=1.0, cosine=0.5, top1_agreement=0.0, passed=False)
+    failed = Parity(hop="fold", batch=1, images="noise", max_abs=1.0, p99=1.0, cosine=0.5, top1_agreement=0.0, passed=False)
     rewrite(folder, parity=[failed.model_dump()])
     assert "parity after 'fold' did not pass" in refusal(folder)
     with pytest.raises(BundleError, match="'fold' did not pass"):
@@ -301,7 +301,7 @@ def test_the_selftest_fails_on_a_model_that_is_a_little_off(folder):
 
 
 def test_the_selftest_tolerance_is_relative_to_the_largest_logit(folder):
-    rewrite(folder, selftest=SelfTest(max_abs=0.01).model_dump())
+    rewrite(folder, models={"fp32": tiny_file(selftest_max_abs=0.01).model_dump()})
     bundle = load_bundle(folder)
     largest = float(np.abs(expected_logits(some_images(3))).max())
     for factor, passes in ((0.9, True), (1.1, False)):
@@ -334,6 +334,67 @@ def test_a_model_that_takes_other_images_than_the_manifest_says_is_a_bundle_erro
     bundle = load_bundle(folder)
     with OnnxRunner(bundle.model_path, threads=1) as runner, pytest.raises(BundleError, match="the model is not what"):
         bundle.selftest(runner)
+
+
+def two_models(folder):
+    """A bundle of two models; the second one is a little off, and says so."""
+    write_model(folder / "model.int8.onnx", bias=BIAS + np.float32(0.01))
+    coarse = tiny_file(file="model.int8.onnx", precision="int8", selftest_max_abs=0.1)
+    seal(folder, tiny_manifest(models={"fp32": tiny_file(), "int8": coarse}))
+    return folder
+
+
+def test_a_bundle_may_hold_several_models_and_each_has_its_own_selftest(folder):
+    two_models(folder)
+    assert load_bundle(folder).model_path.name == "model.onnx", "what it serves unless asked otherwise"
+    coarse = load_bundle(f"{folder}@int8")
+    assert coarse.model_path.name == "model.int8.onnx"
+    with OnnxRunner(coarse.model_path, threads=1) as runner:
+        assert 1e-4 < coarse.selftest(runner) < 0.1
+        with pytest.raises(ParityError, match="logits differ"):
+            load_bundle(f"{folder}@fp32").selftest(runner)
+
+
+def test_a_model_that_a_bundle_does_not_have_is_named_with_those_it_has(folder):
+    with pytest.raises(BundleError, match="has no model 'fp16'; ask for fp32 or int8, or export it"):
+        load_bundle(f"{two_models(folder)}@fp16")
+
+
+def test_a_folder_with_an_at_sign_in_its_name_is_a_folder(folder, tmp_path):
+    assert load_bundle(folder.rename(tmp_path / "b@int8")).key == "fp32"
+
+
+def test_an_engine_is_refused_unless_a_model_names_it(folder):
+    (folder / "model.plan").write_bytes(b"plan")
+    with pytest.raises(BundleError, match=r"model\.plan is an engine that no model names"):
+        seal(folder, tiny_manifest())
+    place = {"tensorrt": "10.12.0", "gpu": "X", "compute_capability": "9.0", "driver": "1", "batch": (1, 8, 32)}
+    plan = tiny_file(file="model.plan", backend="tensorrt", engine=place)
+    seal(folder, tiny_manifest(models={"fp32": tiny_file(), "tensorrt-fp32": plan}))
+    with pytest.raises(ValueError, match="says where it runs"):
+        tiny_file(file="model.plan")
+    with pytest.raises(ValueError, match="says where it runs"):
+        tiny_file(engine=place)
+
+
+def test_the_model_that_is_served_must_be_there():
+    with pytest.raises(ValueError, match="there is no model 'int8'; there are fp32"):
+        tiny_manifest(serve="int8")
+
+
+def test_what_was_measured_does_not_change_the_id_and_must_name_a_model():
+    row = {"model": "fp32", "provider": "cpu", "batch": 1, "p50_ms": 1.0, "low_ms": 0.9, "high_ms": 1.1,
+           "images_per_second": 1000.0, "machine": {"cpu": "X"}}  # fmt: skip
+    assert tiny_manifest(latency=(row,)).id == tiny_manifest().id
+    with pytest.raises(ValueError, match="there is no model 'int8'"):
+        tiny_manifest(latency=(row | {"model": "int8"},))
+
+
+def test_sealing_again_takes_an_old_signature_away(folder):
+    (folder / "manifest.sig").write_text("of the old manifest")
+    load_bundle(folder)
+    seal(folder, tiny_manifest())
+    assert not (folder / "manifest.sig").exists()
 
 
 def test_a_bundle_can_be_moved(folder, tmp_path):

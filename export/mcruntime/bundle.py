@@ -1,15 +1,18 @@
 """The folder that ships: a model, the proof that it is the right one, and a manifest with the hash of every file.
 
     manifest.json       what this is; sha256 and size of every other file
-    model.onnx          the model
+    manifest.sig        optional: who says so (``mcruntime.signature``)
+    model.onnx          the model; model.fp16.onnx, model.int8.onnx, ... where other forms were asked for
     certificate.json    the proof that compiling kept the function
     selftest.npz        images [N, C, H, W] and the trained model's logits [N, num_classes], both float32
     ...                 reports
 
 The promise: loading, checking and serving a bundle runs no code from it. There is no pickle in it (an .npz is read with
 ``allow_pickle=False``), every file is of a kind in ``SUFFIXES``, is a plain file inside the folder, is listed, and is
-byte for byte what was sealed. Hashes find damage and mix-ups; they do not say who sealed the bundle. An .html report is
-for a browser, which trusts it as far as any page: mcruntime never opens one.
+byte for byte what was sealed. Hashes find damage and mix-ups; they do not say who sealed the bundle, a signature does. An
+.html report is for a browser, which trusts it as far as any page: mcruntime never opens one. A TensorRT engine (.plan) is
+machine code for a GPU, so it is only allowed where the manifest names it as a model, and code for the host in it is never
+switched on: take engines from people you trust.
 """
 
 # B = batch, N = images in the self-test, C = channels, H/W = height/width.
@@ -32,12 +35,14 @@ from pydantic import ValidationError
 
 from mcruntime.engine import Runner
 from mcruntime.errors import BundleError, InputError, ParityError
-from mcruntime.manifest import SCHEMA_VERSION, FileFact, Manifest
+from mcruntime.manifest import SCHEMA_VERSION, FileFact, Manifest, ModelFile
 
 MANIFEST = "manifest.json"
+SIGNATURE = "manifest.sig"
 CERTIFICATE = "certificate.json"
 # Data only. A .pt2 or .pt holds pickles and compiled code, so it stays out.
 SUFFIXES = (".onnx", ".data", ".json", ".npz", ".html", ".svg", ".png", ".md", ".txt")
+ENGINE = ".plan"
 MAX_NPZ_BYTES = 1 << 30  # of all arrays of one file, unpacked
 
 
@@ -47,10 +52,15 @@ class Bundle:
 
     folder: Path
     manifest: Manifest
+    key: str  # which of the manifest's models is meant
+
+    @property
+    def model(self) -> ModelFile:
+        return self.manifest.models[self.key]
 
     @property
     def model_path(self) -> Path:
-        return self.folder / self.manifest.model
+        return self.folder / self.model.file
 
     def selftest(self, runner: Runner) -> float:
         """Let a runner answer the stored images, all at once and the first alone, as the trained model did.
@@ -62,7 +72,8 @@ class Bundle:
             BundleError: the model does not take the images that the manifest describes.
             ParityError: an answer of another shape, not finite, or further off than the manifest allows.
         """
-        arrays = _read_npz(self.folder / self.manifest.selftest.file)
+        allowed = self.model.selftest_max_abs
+        arrays = _read_npz(self.folder / self.manifest.selftest)
         images, expected = arrays["images"], arrays["logits"]
         scale = float(np.abs(expected).max()) or 1.0
         worst = 0.0
@@ -79,10 +90,10 @@ class Bundle:
             if not np.isfinite(answer).all():
                 raise ParityError(f"{self.folder}: self-test: an output is NaN or infinite; export the bundle again")
             worst = max(worst, float(np.abs(answer - expected[:batch]).max()) / scale)
-        if worst > self.manifest.selftest.max_abs:
+        if worst > allowed:
             raise ParityError(
                 f"{self.folder}: self-test: logits differ from the trained model's by {worst:.1e} of the largest, "
-                f"more than {self.manifest.selftest.max_abs:.1e}; use another provider or export the bundle again"
+                f"more than {allowed:.1e}; use another provider or export the bundle again"
             )
         return worst
 
@@ -102,6 +113,7 @@ def seal(folder: Path, manifest: Manifest) -> Manifest:
     if not folder.is_dir():
         raise BundleError(f"{folder}: no such folder; write the model into it before sealing it")
     target.unlink(missing_ok=True)
+    (folder / SIGNATURE).unlink(missing_ok=True)  # of a manifest that is no more
     part.unlink(missing_ok=True)
     files = {name: FileFact(sha256=_sha256(path), bytes=path.stat().st_size) for name, path in _walk(folder)}
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -122,25 +134,39 @@ def seal(folder: Path, manifest: Manifest) -> Manifest:
 def load_bundle(path: Path | str) -> Bundle:
     """Read a bundle and check all that its manifest promises; see the head of this module.
 
+    Args:
+        path: a bundle folder; ``FOLDER@int8`` means the model of that key instead of the one it serves by default.
+
     Raises:
         BundleError: no such folder or manifest; not JSON, another schema version, a wrong key; a file that is missing,
             not listed, changed, of another size, not a plain file, or of a kind that does not belong in a bundle; an
             array file with a pickle in it; a parity check that did not pass. One sentence: what, where, what to do.
     """
-    folder = Path(path)
+    folder, key = split_key(path)
     manifest = _read_manifest(folder)
     for parity in manifest.parity:
         if not parity.passed:
             raise BundleError(f"{folder}: parity after {parity.hop!r} did not pass; export the bundle again")
-    for needed in (manifest.model, manifest.selftest.file, CERTIFICATE):
+    for needed in (*(model.file for model in manifest.models.values()), manifest.selftest, CERTIFICATE):
         if needed not in manifest.files:
             raise BundleError(f"{folder}: {MANIFEST} does not list {needed}; export the bundle again")
     _check_files(folder, manifest.files)
+    engines = {model.file for model in manifest.models.values()}
     for name in manifest.files:
+        if name.endswith(ENGINE) and name not in engines:
+            raise BundleError(f"{folder}: {name} is an engine that no model names; export the bundle again")
         if name.endswith(".npz"):
             _read_npz(folder / name)
     _check_selftest(folder, manifest)
-    return Bundle(folder, manifest)
+    if key is not None and key not in manifest.models:
+        raise BundleError(f"{folder}: has no model {key!r}; ask for {' or '.join(manifest.models)}, or export it")
+    return Bundle(folder, manifest, key or manifest.serve)
+
+
+def split_key(path: Path | str) -> tuple[Path, str | None]:
+    """``FOLDER@int8`` is the model "int8" of the bundle FOLDER; a folder of that very name goes first."""
+    folder, at, key = str(path).rpartition("@")
+    return (Path(folder), key) if at and folder and not Path(path).exists() else (Path(path), None)
 
 
 def _read_manifest(folder: Path) -> Manifest:
@@ -208,8 +234,8 @@ def _walk(folder: Path, prefix: str = "") -> Iterator[tuple[str, Path]]:
             yield from _walk(folder, f"{name}/")
         elif not entry.is_file():
             raise BundleError(f"{folder}: {name} is not a plain file; remove it")
-        elif name != MANIFEST:
-            if not name.endswith(SUFFIXES):
+        elif name not in (MANIFEST, SIGNATURE):
+            if not name.endswith((*SUFFIXES, ENGINE)):
                 raise BundleError(
                     f"{folder}: {name} does not belong in a bundle (only {', '.join(SUFFIXES)}); remove it"
                 )
@@ -238,7 +264,7 @@ def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
 
 
 def _check_selftest(folder: Path, manifest: Manifest) -> None:
-    name = manifest.selftest.file
+    name = manifest.selftest
     arrays = _read_npz(folder / name)
     for key, shape in {"images": manifest.input.shape, "logits": (manifest.output.num_classes,)}.items():
         array = arrays.get(key)

@@ -1,12 +1,19 @@
-"""Write a compiled model as one ONNX file and as one ExportedProgram, and read back what was really written."""
+"""Write a compiled model as one ONNX file and as one ExportedProgram, and read back what was really written.
+
+Nodes are named after the PyTorch module they come from, such as ``layer1.0.conv1/Conv``, so that a report that names a
+node names a layer. Values keep the names of the exported graph. What the exporter notes down of source files stays out.
+"""
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import logging
 import os
+import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -22,16 +29,21 @@ from mcdeploy.compile.conditional import export_form
 from mcdeploy.errors import BackendError
 
 INPUT, OUTPUT = "images", "logits"
+# A protobuf message ends at 2 GiB. Above this much of weights they go into a file beside it, NAME.onnx.data.
+MAX_INLINE_BYTES = 1 << 30
+SCOPES = "pkg.torch.onnx.name_scopes"  # metadata of a node: the modules it is in, outermost first, then its own name
+NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"  # what torch.export calls the place of shape arithmetic
 
 
 def export_onnx(
     model: nn.Module, path: Path | str, example: Tensor, *, opset: int = 20, dynamic: Literal["if", "masked"] = "if"
 ) -> None:
-    """Export with ``torch.onnx.export(dynamo=True)``: one file, dynamic batch, checked.
+    """Export with ``torch.onnx.export(dynamo=True)``: dynamic batch, checked, the same bytes for the same model.
 
     Args:
         model: in evaluation mode, float32.
-        path: the .onnx file; replaced in one step once everything has been checked.
+        path: the .onnx file; replaced in one step once everything has been checked. Weights of more than 1 GiB lie in
+            ``PATH.data`` beside it.
         example: images [B, C, H, W], B >= 2.
         opset: 18 to 23; what comes out is read back and must be the same.
         dynamic: for per-image wirings: an ONNX ``If`` around every node that some image does not need, or every node
@@ -43,30 +55,60 @@ def export_onnx(
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         # torch's fused attention returns strides of its own, its decomposition does not: "Cannot view a tensor"
         with _quiet(), sdpa_kernel(SDPBackend.MATH), _FourAxes():
-            torch.onnx.export(
+            program = torch.onnx.export(
                 export_form(model, skip=dynamic == "if"),
                 (example,),
-                str(temporary),
                 dynamo=True,
                 opset_version=opset,
                 dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
                 input_names=[INPUT],
                 output_names=[OUTPUT],
-                external_data=False,
                 verbose=False,
             )
-        _check(temporary, opset)
-        os.replace(temporary, target)
+            assert program is not None  # it is only for dynamo=False
+            _name_nodes(program.model)
+            _save(program, target, opset)
     except BackendError:
         raise
     except Exception as error:  # the exporter's errors share no base class
         raise BackendError(f"ONNX export of {type(model).__name__} failed: {_reason(error)}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+
+
+def _save(program: torch.onnx.ONNXProgram, target: Path, opset: int) -> None:
+    """Write, check, and only then put in place: weights first, so that the model never points at missing ones."""
+    weights = program.model.graph.initializers.values()
+    num_bytes = sum(value.const_value.nbytes for value in weights if value.const_value is not None)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+        part = Path(folder) / target.name
+        program.save(str(part), external_data=num_bytes > MAX_INLINE_BYTES)
+        _check(part, opset)
+        data = data_file(target)
+        if data_file(part).exists():
+            os.replace(data_file(part), data)
+        else:
+            data.unlink(missing_ok=True)
+        os.replace(part, target)
+
+
+def data_file(path: Path) -> Path:
+    """Where the weights of a model lie that are too many for one file."""
+    return path.with_name(f"{path.name}.data")
+
+
+def _name_nodes(model: Any) -> None:
+    """Name every node after its module, and drop what the exporter noted down of this machine's source files."""
+    seen: Counter[str] = Counter()
+    for node in model.graph.all_nodes():
+        scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "['']"))
+        module = next((scope for scope in reversed(scopes[:-1]) if scope not in ("", NO_MODULE)), "")
+        name = f"{module}/{node.op_type}"
+        seen[name] += 1
+        node.name = name if seen[name] == 1 else f"{name}#{seen[name]}"
+        for key in [key for key in node.metadata_props if key != SCOPES]:
+            del node.metadata_props[key]
 
 
 def export_program(model: nn.Module, path: Path | str, example: Tensor) -> None:

@@ -160,10 +160,10 @@ def _prove(bundle: Bundle, runner: OnnxRunner) -> str:
     for _ in range(WARM_UP_RUNS):
         runner.infer(np.zeros((1, *manifest.input.shape), dtype=np.float32))
     return (
-        f"{manifest.name}: bundle {manifest.id[:12]}, {height} x {width} pixels, "
+        f"{manifest.name}: bundle {manifest.id[:12]}, model {bundle.key}, {height} x {width} pixels, "
         f"{manifest.output.num_classes} classes, "
         f"{facts['provider']} with {facts['threads']} threads, self-test off by {worst:.1e} "
-        f"(at most {manifest.selftest.max_abs:.1e})"
+        f"(at most {bundle.model.selftest_max_abs:.1e})"
     )
 
 
