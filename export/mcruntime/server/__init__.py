@@ -28,6 +28,7 @@ def serve(
     max_queue: int = 64,
     max_body_bytes: int = MAX_BODY_BYTES,
     drain_s: float = 25.0,
+    require_signature: Path | None = None,
 ) -> None:
     """Check, prove and warm up every bundle, then serve until SIGTERM or Ctrl-C; prints one line each and the address.
 
@@ -38,6 +39,7 @@ def serve(
         max_queue: requests of one model that may wait; more are answered 503 with Retry-After.
         max_body_bytes: of one request; more is answered 413.
         drain_s: how long, in seconds, requests in flight may take after the stop signal.
+        require_signature: a public key; what its holder did not sign is refused before anything in it is loaded.
 
     Raises:
         MissingExtraError: the packages of the extra [serve] are not installed.
@@ -62,4 +64,5 @@ def serve(
         max_queue=max_queue,
         max_body_bytes=max_body_bytes,
         drain_s=drain_s,
+        require_signature=require_signature,
     )

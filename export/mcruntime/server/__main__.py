@@ -21,6 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--provider", choices=list(PROVIDERS), default="cpu", help="(default: %(default)s)")
     parser.add_argument("--max-batch-size", default=64, type=int, help="images in a request (default: %(default)s)")
     parser.add_argument("--max-queue", default=64, type=int, help="requests that may wait (default: %(default)s)")
+    parser.add_argument("--require-signature", type=Path, metavar="KEY.pub", help="refuse what this key did not sign")
     try:
         serve(**vars(parser.parse_args(arguments)))
     except McdeployError as error:

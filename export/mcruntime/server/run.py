@@ -22,6 +22,7 @@ from mcruntime.errors import InputError, McdeployError
 from mcruntime.server.app import App, ServedModel
 from mcruntime.server.executor import Executor
 from mcruntime.server.protocol import ModelSpec
+from mcruntime.signature import verify_signature
 
 WARM_UP_RUNS = 3  # after the self-test, of one image
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -38,6 +39,7 @@ def run(
     max_queue: int,
     max_body_bytes: int,
     drain_s: float,
+    require_signature: Path | None,
 ) -> None:
     """See ``mcruntime.server.serve``."""
     if not bundles:
@@ -48,7 +50,7 @@ def run(
     with ExitStack() as stack:
         listener = stack.enter_context(_bind(host, port))  # before the models: a port in use is known at once
         models = []
-        for bundle in _load_all(bundles):
+        for bundle in _load_all(bundles, require_signature):
             runner = OnnxRunner(
                 bundle.model_path, provider=provider, threads=threads, name=bundle.manifest.name, spinning=False
             )
@@ -141,9 +143,11 @@ def _in_use(host: str, port: int) -> InputError:
     return InputError(f"{host}:{port} is in use already; choose another --port, or 0 for any free one")
 
 
-def _load_all(paths: Sequence[Path]) -> list[Bundle]:
+def _load_all(paths: Sequence[Path], require_signature: Path | None) -> list[Bundle]:
     bundles: dict[str, Bundle] = {}
     for path in paths:
+        if require_signature is not None:
+            verify_signature(path, require_signature)
         bundle = load_bundle(path)
         name = bundle.manifest.name
         if name in bundles:
