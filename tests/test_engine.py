@@ -8,15 +8,19 @@ import sys
 import textwrap
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import mcruntime
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
+from mcruntime import engine
 from mcruntime.engine import OnnxRunner, available_threads
 from mcruntime.errors import BackendError, BundleError, InputError, MissingExtraError, ParityError
+from mcruntime.gpu import Device
 from onnx import TensorProto, helper
-from tiny_onnx import expected_logits, some_images, write_bundle, write_graph, write_model
+from tiny_onnx import BIAS, expected_logits, some_images, write_bundle, write_graph, write_model
 
 EXPORT = Path(mcruntime.__file__).parents[1]
 
@@ -157,35 +161,198 @@ def test_a_provider_that_is_absent_is_an_error_and_not_the_cpu(model, provider, 
         OnnxRunner(model, provider=provider).__enter__()
 
 
-class FakeSession:
-    """What onnxruntime-gpu hands out when the CUDA libraries do not load: a session on the CPU, and no error."""
+GPU_PROVIDERS = {"cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+GPU = Device(0, "NVIDIA L4", "8.9", "580.65.06 (CUDA 13.0)")
 
-    providers = ("CPUExecutionProvider",)
+
+class FakeSession:
+    """A session of onnxruntime-gpu; reading the model on the CPU is real. ``on`` says where it claims to run."""
+
+    on = "CPUExecutionProvider"  # as when the CUDA libraries do not load: a session on the CPU, and no error
+    strays = ()  # (name, operator) of nodes that another provider got
+
+    def __new__(cls, path, options, providers, **kwargs):
+        if providers == ["CPUExecutionProvider"]:
+            return REAL_SESSION(path, options, providers=providers, **kwargs)
+        return super().__new__(cls)
 
     def __init__(self, path, options, providers, enable_fallback):
         self.asked = providers
         self.no_cpu = options.get_session_config_entry("session.disable_cpu_ep_fallback")
         self.fallback_at_start, self.fallback_at_run = bool(enable_fallback), True
+        self.real = REAL_SESSION(str(path), providers=["CPUExecutionProvider"])
         FakeSession.last = self
 
     def disable_fallback(self):
         self.fallback_at_run = False
 
     def get_providers(self):
-        return list(self.providers)
+        return [self.on]
+
+    def get_inputs(self):
+        return self.real.get_inputs()
+
+    def get_outputs(self):
+        return self.real.get_outputs()
+
+    def run(self, names, feeds):
+        return self.real.run(names, feeds)
+
+    def get_provider_graph_assignment_info(self):
+        def part(provider, *nodes):
+            made = [SimpleNamespace(name=name, op_type=kind) for name, kind in nodes]
+            return SimpleNamespace(ep_name=provider, get_nodes=lambda: made)
+
+        return [part(self.on, ("conv1", "Conv")), *(part("CPUExecutionProvider", stray) for stray in self.strays)]
+
+
+REAL_SESSION = onnxruntime.InferenceSession
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """onnxruntime-gpu as far as it can be pretended; ``gpu(on, strays)`` says what its sessions claim."""
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [*GPU_PROVIDERS.values(), FakeSession.on])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", FakeSession)
+    monkeypatch.setattr(engine, "describe_device", lambda: GPU)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def claim(on, strays=()):
+        monkeypatch.setattr(FakeSession, "on", on)
+        monkeypatch.setattr(FakeSession, "strays", strays)
+
+    return claim
 
 
 @pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
-def test_a_provider_that_fell_back_to_the_cpu_is_an_error(model, provider, monkeypatch):
-    everything = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: everything)
-    monkeypatch.setattr(onnxruntime, "InferenceSession", FakeSession)
+def test_a_provider_that_fell_back_to_the_cpu_is_an_error(model, provider, gpu):
     with pytest.raises(BackendError, match=f"asked for provider {provider}, but ONNX Runtime loaded CPU"):
         OnnxRunner(model, provider=provider).__enter__()
     assert FakeSession.last.no_cpu == "1"
     assert not FakeSession.last.fallback_at_start
     assert not FakeSession.last.fallback_at_run
-    assert "CPUExecutionProvider" not in FakeSession.last.asked
+    assert [name for name, _ in FakeSession.last.asked] == [GPU_PROVIDERS[provider]]
+
+
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_a_node_that_another_provider_got_is_named(model, provider, gpu):
+    gpu(GPU_PROVIDERS[provider], [("layer1.0.conv1", "Conv"), ("", "Gemm")])
+    wanted = "leaves out layer1.0.conv1 on CPUExecutionProvider, Gemm on CPUExecutionProvider"
+    with pytest.raises(BackendError, match=f"asked for provider {provider}, which {wanted}"):
+        OnnxRunner(model, provider=provider).__enter__()
+
+
+def test_many_nodes_elsewhere_are_counted(model, gpu):
+    gpu(GPU_PROVIDERS["cuda"], [(f"n{i}", "Conv") for i in range(9)])
+    with pytest.raises(BackendError, match="n4 on CPUExecutionProvider and 4 more"):
+        OnnxRunner(model, provider="cuda").__enter__()
+
+
+def test_where_nodes_run_is_asked_of_the_real_onnxruntime(model, monkeypatch):
+    """This machine has only the CPU; a runner that expects another name must refuse every node."""
+    with OnnxRunner(model, threads=1) as runner:
+        parts = runner._session.get_provider_graph_assignment_info()
+        assert sorted(node.op_type for part in parts for node in part.get_nodes()) == [
+            "Flatten", "Gemm", "GlobalAveragePool",
+        ]  # fmt: skip
+        monkeypatch.setitem(engine.PROVIDERS, "cpu", "AnotherExecutionProvider")
+        with pytest.raises(BackendError, match=r"GlobalAveragePool on CPUExecutionProvider, .*Gemm on CPU"):
+            runner._check_every_node(runner._session)
+
+
+def test_cuda_computes_without_tf32(model, gpu):
+    gpu(GPU_PROVIDERS["cuda"])
+    with OnnxRunner(model, provider="cuda") as runner:
+        facts = runner.facts()
+        np.testing.assert_allclose(runner.infer(some_images(40)), expected_logits(some_images(40)), atol=1e-6)
+    assert FakeSession.last.asked[0][1] == {"device_id": "0", "use_tf32": "0"}
+    assert (facts["provider"], facts["tf32"]) == ("cuda", "off")
+
+
+def test_tensorrt_gets_explicit_profiles_a_folder_of_its_own_and_no_precision(model, gpu, tmp_path):
+    gpu(GPU_PROVIDERS["tensorrt"])
+    with OnnxRunner(model, provider="tensorrt", batches=(1, 2, 4)) as runner:
+        facts = runner.facts()
+        assert runner.infer(some_images(4)).shape == (4, 4)
+        with pytest.raises(InputError, match="set up for batches of 1 to 4, got 5"):
+            runner.infer(some_images(5))
+    options = FakeSession.last.asked[0][1]
+    assert {key: options[f"trt_profile_{key}_shapes"] for key in ("min", "opt", "max")} == {
+        "min": "image:1x3x8x8", "opt": "image:2x3x8x8", "max": "image:4x3x8x8",
+    }  # fmt: skip
+    assert options["trt_engine_cache_enable"] == options["trt_timing_cache_enable"] == "1"
+    assert not [key for key in options if "fp16" in key or "bf16" in key or "int8" in key]
+    folder = Path(options["trt_engine_cache_path"])
+    assert folder.is_dir()
+    assert folder.parent == tmp_path / "cache" / "mcdeploy" / "onnxruntime-tensorrt"
+    assert (facts["provider"], facts["batches"], facts["tf32"]) == ("tensorrt", "1 to 4", "on")
+
+
+def engine_folder(path, **options):
+    with OnnxRunner(path, provider="tensorrt", **options):
+        return FakeSession.last.asked[0][1]["trt_engine_cache_path"]
+
+
+def test_other_weights_options_gpus_or_versions_get_another_folder(model, gpu, tmp_path, monkeypatch):
+    gpu(GPU_PROVIDERS["tensorrt"])
+    other = write_model(tmp_path / "other.onnx", bias=BIAS + np.float32(1e-6))
+    same = tmp_path / "copy.onnx"
+    same.write_bytes(model.read_bytes())
+    folders = [engine_folder(model), engine_folder(other), engine_folder(model, batches=(1, 1, 2))]
+    assert engine_folder(model) == engine_folder(same) == folders[0]
+    monkeypatch.setattr(engine, "describe_device", lambda: Device(0, "NVIDIA T4", "7.5", GPU.driver))
+    folders.append(engine_folder(model))
+    monkeypatch.setattr(engine, "installed_versions", lambda: {"tensorrt": "10.16.1.11"})
+    folders.append(engine_folder(model))
+    monkeypatch.setattr(onnxruntime, "__version__", "1.99")
+    folders.append(engine_folder(model))
+    assert len(set(folders)) == 6
+    assert engine_folder(model, cache=tmp_path / "mine").startswith(str(tmp_path / "mine"))
+
+
+def test_tensorrt_needs_a_fixed_image_size(gpu, tmp_path):
+    gpu(GPU_PROVIDERS["tensorrt"])
+    with pytest.raises(BackendError, match="TensorRT needs a fixed image size"):
+        OnnxRunner(write_model(tmp_path / "any.onnx", size="size"), provider="tensorrt").__enter__()
+
+
+def test_a_tensorrt_of_another_major_is_the_reason_that_is_given(model, gpu, monkeypatch):
+    monkeypatch.setattr(engine, "tensorrt_mismatch", lambda: "the provider is linked against TensorRT 10")
+    with pytest.raises(BackendError, match=r"loaded CPUExecutionProvider; the provider is linked against TensorRT 10"):
+        OnnxRunner(model, provider="tensorrt").__enter__()
+    with pytest.raises(BackendError, match="install the driver and CUDA libraries"):
+        OnnxRunner(model, provider="cuda").__enter__()
+
+
+def test_cuda_libraries_are_looked_for_once_and_what_is_missing_is_quoted(model, gpu, monkeypatch, capsys):
+    asked = []
+
+    def preload():
+        asked.append(None)
+        print("\x1b[33mFailed to load\x1b[0m libcudnn.so.9")
+
+    monkeypatch.setattr(onnxruntime, "preload_dlls", preload)
+    engine.preload_cuda_libraries.cache_clear()
+    try:
+        for _ in range(2):
+            with pytest.raises(BackendError, match=r"onnxruntime-gpu needs \(Failed to load libcudnn\.so\.9\), or ask"):
+                OnnxRunner(model, provider="cuda").__enter__()
+        with OnnxRunner(model, threads=1):
+            pass
+    finally:
+        engine.preload_cuda_libraries.cache_clear()
+    assert len(asked) == 1
+    assert capsys.readouterr().out == ""
+
+
+def test_weights_in_a_file_beside_the_model_are_read(tmp_path):
+    plain = onnx.load(write_model(tmp_path / "tiny.onnx"))
+    onnx.save(plain, tmp_path / "ext.onnx", save_as_external_data=True, location="ext.data", size_threshold=0)
+    with OnnxRunner(tmp_path / "ext.onnx", threads=1) as runner:
+        np.testing.assert_allclose(runner.infer(some_images(2)), expected_logits(some_images(2)), atol=1e-6)
+    (tmp_path / "ext.data").unlink()
+    with pytest.raises(BundleError, match="cannot load the model"):
+        OnnxRunner(tmp_path / "ext.onnx", threads=1).__enter__()
 
 
 def test_an_unknown_provider_or_no_thread_is_refused(model):
@@ -193,6 +360,8 @@ def test_an_unknown_provider_or_no_thread_is_refused(model):
         OnnxRunner(model, provider="gpu")
     with pytest.raises(InputError, match="at least 1, got 0"):
         OnnxRunner(model, threads=0)
+    with pytest.raises(InputError, match="1 <= min <= opt <= max, got 4, 2, 8"):
+        OnnxRunner(model, batches=(4, 2, 8))
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", bytes(1000)])
