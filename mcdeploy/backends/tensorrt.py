@@ -37,10 +37,10 @@ from mcruntime.tensorrt import (
     facts_path,
     in_words,
     inspect_layers,
-    shared_logger,
     new_runtime,
     quote,
     read_engine,
+    shared_logger,
 )
 
 from mcdeploy.errors import BackendError, BundleError, InputError
