@@ -6,8 +6,9 @@ Exit codes: 0 done; 1 a promise failed; 2 the user's input is wrong. Expected er
 from __future__ import annotations
 
 import json
+import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -20,10 +21,11 @@ if TYPE_CHECKING:
     from mcruntime.preprocess import Preprocessing
     from rich.table import Table
 
-    from mcdeploy.bench import BenchReport
     from mcdeploy.bench_images import ImagesReport
+    from mcdeploy.bench_report import BenchReport
     from mcdeploy.data import Loaders
     from mcdeploy.package import Shipped
+    from mcdeploy.profile import Profile
     from mcdeploy.recipe import DataConfig, ExportConfig, Recipe
     from mcdeploy.targets import Inspection, Target
     from mcdeploy.train import TrainResult
@@ -109,25 +111,47 @@ def train(
 def prune_export(
     run: RunArgument,
     out: Annotated[Path | None, typer.Option(help="The bundle folder; default: RUN/bundle.")] = None,
-    backend: Annotated[list[str], typer.Option(help="onnx is what there is today.")] = ["onnx"],  # noqa: B006
-    precision: Annotated[list[str], typer.Option(help="fp32 is what there is today.")] = ["fp32"],  # noqa: B006
+    backend: Annotated[
+        list[str], typer.Option(help="onnx, tensorrt; may be repeated. The first of all is served by default.")
+    ] = [],  # noqa: B006
+    precision: Annotated[list[str], typer.Option(help="fp32, fp16, int8; may be repeated.")] = [],  # noqa: B006
+    batch: Annotated[
+        tuple[int, int, int] | None,
+        typer.Option(metavar="MIN OPT MAX", help="Batch sizes of an engine; MAX is verified, OPT measured.", min=1),
+    ] = None,
+    max_top1_drop: Annotated[
+        float | None, typer.Option(min=0, max=100, help="Percentage points of top-1 that a precision may cost.")
+    ] = None,
+    sensitivity: Annotated[bool, typer.Option("--sensitivity", help="int8: measure every layer's share.")] = False,
+    sign: Annotated[Path | None, typer.Option(help="Sign the bundle with this private key ('mcdeploy keygen').")] = None,
     dynamic: Annotated[
         str | None, typer.Option(help="Per-image wirings: if, masked, or static:N (N static models in RUN/static).")
     ] = None,
     data: DataOption = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Compile a trained run, export it, prove it, and seal it as a bundle. Also leaves compiled.pt2 in the run."""
-    _only("--backend", backend, ["onnx"])
-    _only("--precision", precision, ["fp32"])
+    """Compile a trained run, export it, prove it, and seal it as a bundle. Also leaves compiled.pt2 in the run.
+
+    Options left away are those of the recipe's export section.
+    """
+    _only("--backend", backend, ["onnx", "tensorrt"])
+    _only("--precision", precision, ["fp32", "fp16", "int8"])
     _check_folder(json_file)
-    shipped = _prune_export(run, out or run / BUNDLE, data, dynamic)
+    changes = {
+        "backend": tuple(backend) or None,
+        "precision": tuple(precision) or None,
+        "batch": batch,
+        "max_accuracy_drop": None if max_top1_drop is None else max_top1_drop / 100,
+        "sensitivity": sensitivity or None,
+        "dynamic": dynamic,
+    }
+    shipped = _prune_export(run, out or run / BUNDLE, data, changes, sign)
     _report(run, shipped, None, f"mcdeploy prune-export {run}")
     certificate, manifest = shipped.certificate, shipped.bundle.manifest
     _write_json(json_file, manifest.model_dump(mode="json"))
     print(f"parameters {certificate.parameters[0]:,} -> {certificate.parameters[1]:,}")
     print(f"MACs {certificate.macs[0]:,} -> {certificate.macs[1]:,}")
-    print(f"top-1 {shipped.agreement.accuracy_before:.2%} -> {shipped.agreement.accuracy_after:.2%}")
+    _print_models(shipped)
     print(f"bundle {shipped.bundle.folder} ({manifest.id[:12]}), report {run / REPORT}")
 
 
@@ -162,17 +186,34 @@ def evaluate(
 def bench(
     targets: Annotated[list[str], typer.Argument(metavar="A [B ...]", help="Runs, bundles, model files, timm names.")],
     backend: Annotated[
-        list[str], typer.Option(help="onnx, pytorch, compiled, cuda, tensorrt, pytorch-cuda, compiled-cuda.")
+        list[str],
+        typer.Option(
+            help="onnx, openvino, pytorch, compiled; on a GPU onnx-cuda, onnx-tensorrt, tensorrt, pytorch-cuda, "
+            "compiled-cuda."
+        ),
     ] = ["onnx"],  # noqa: B006
     batch: Annotated[list[int], typer.Option(min=1, help="Batch sizes.")] = [1],  # noqa: B006
-    seconds: Annotated[float, typer.Option(min=0.1, help="Time for each batch size, all models together.")] = 10.0,
+    seconds: Annotated[
+        float, typer.Option(min=0.1, help="At most so long for each batch size, all models together, loading aside.")
+    ] = 20.0,
+    until: Annotated[
+        str, typer.Option(help="Stop early once every ratio's 95 % interval is narrower than this; 0%: never.")
+    ] = "2%",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: the physical cores.")] = None,
     image_size: Annotated[int | None, typer.Option(min=1, help="Pixels; default: what the models say.")] = None,
     over_images: Annotated[
         int | None, typer.Option(min=2, help="Instead: latency of so many validation images, one at a time.")
     ] = None,
     data: DataOption = None,
+    lock_clocks: Annotated[
+        bool, typer.Option("--lock-clocks", help="Hold the GPU's clock at its maximum meanwhile; needs permission.")
+    ] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Also say where the time goes, by block (onnx and pytorch).")
+    ] = False,
     plot: Annotated[Path | None, typer.Option(help="Also draw the distributions into this file.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Also write all of it into this Markdown file.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write all of it, with plots, as one HTML page.")] = None,
     json_file: JsonOption = None,
     baseline: Annotated[
         Path | None, typer.Option(help="A JSON file of an earlier bench to compare ratios with.")
@@ -181,18 +222,22 @@ def bench(
 ) -> None:
     """Latency of A against B, interleaved, with intervals; exit code 1 when slower than the baseline allows."""
     with _extra("mcdeploy bench", "train"):
-        from mcdeploy.bench import check_baseline, read_report
+        from mcdeploy.bench_report import check_baseline, read_report
     if fail_if_slower and not baseline:
         raise InputError("--fail-if-slower: needs --baseline, the earlier bench to compare with")
     if plot and plot.suffix not in (".png", ".svg", ".pdf"):
         raise InputError(f"--plot {plot}: a plot is a .png, .svg or .pdf")
     _check_folder(json_file)
-    _check_folder(plot)
+    for file in (plot, markdown, html):
+        _check_folder(file)
     if data and not over_images:
         raise InputError("--data: bench takes noise unless --over-images says how many validation images to take")
     if over_images:
-        if baseline or image_size or batch != [1]:
-            raise InputError("--over-images: is for batch 1 and the data's image size, and knows no --baseline")
+        if baseline or image_size or batch != [1] or profile or markdown or html or lock_clocks:
+            raise InputError(
+                "--over-images: is for batch 1 and the data's image size, and knows no --baseline, --profile, "
+                "--markdown, --html or --lock-clocks"
+            )
         spread = _bench_over_images(targets, backend, over_images, data, threads)
         _print_table(spread.table())
         if plot:
@@ -201,11 +246,14 @@ def bench(
         return
     allowed = _percent(fail_if_slower or "5%")
     earlier = read_report(baseline) if baseline else None
-    report = _bench(targets, backend, batch, seconds, threads, image_size)
+    share = _percent(until, "--until")
+    report = _bench(targets, backend, batch, seconds, threads, image_size, until=share, lock_clocks=lock_clocks)
     _print_bench(report)
+    profiles = _profiles(targets, backend, batch[0], threads, image_size) if profile else []
     if plot:
         report.plot(plot)
-    _write_json(json_file, report.to_json())
+    _write_pages(report, profiles, markdown, html)
+    _write_json(json_file, report.to_json() | {"profiles": [one.to_json() for one in profiles]})
     if earlier:
         for line in check_baseline(report, earlier, allowed):
             print(line)
@@ -258,11 +306,85 @@ def serve(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of one inference.")] = None,
     max_batch_size: Annotated[int, typer.Option(min=1, help="Images in one request.")] = 64,
     max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; more are answered with 503.")] = 64,
+    require_signature: Annotated[
+        Path | None, typer.Option(metavar="KEY.pub", help="Refuse a bundle that the holder of this key did not sign.")
+    ] = None,
 ) -> None:
     """Serve bundles over HTTP: Open Inference Protocol v2 and POST /predict. Refuses a changed bundle."""
     from mcruntime.server import serve as run_server
 
-    run_server(bundles, host, port, threads=threads, max_batch_size=max_batch_size, max_queue=max_queue)
+    run_server(
+        bundles,
+        host,
+        port,
+        threads=threads,
+        max_batch_size=max_batch_size,
+        max_queue=max_queue,
+        require_signature=require_signature,
+    )
+
+
+@app.command()
+def package(
+    bundle: Annotated[
+        str, typer.Argument(metavar="BUNDLE[@MODEL]", help="A bundle; @int8: another model of it.", show_default=False)
+    ],
+    to: Annotated[str, typer.Option("--to", help="triton or docker.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],
+    bench_file: Annotated[
+        Path | None, typer.Option("--bench", help="triton: take the batch sizes from this JSON of 'mcdeploy bench'.")
+    ] = None,
+    wheel: Annotated[
+        Path | None, typer.Option(help="docker: mcdeploy's wheel; default: built, when this is a checkout.")
+    ] = None,
+) -> None:
+    """Make a Triton model repository of a bundle, or a folder for docker build; overwrites only its own."""
+    from mcruntime.bundle import load_bundle
+    from mcruntime.deploy.docker import package_docker
+    from mcruntime.deploy.triton import package_triton
+
+    _only("--to", [to], ["triton", "docker"])
+    if bench_file and to != "triton":
+        raise InputError("--bench: chooses batch sizes for triton; leave it away for docker")
+    if wheel and to != "docker":
+        raise InputError("--wheel: is what a docker image installs; leave it away for triton")
+    loaded = load_bundle(bundle)
+    if to == "triton":
+        packaged = package_triton(loaded, out, name=bundle, bench=bench_file)
+    else:
+        packaged = package_docker(loaded, out, wheel=wheel)
+    for note in packaged.notes:
+        print(note)
+    print(f"wrote {packaged.folder}")
+
+
+@app.command()
+def keygen(
+    file: Annotated[Path, typer.Argument(help="Where the private key goes; FILE.pub is the public one.")],
+) -> None:
+    """Make an ed25519 key pair: FILE signs bundles, FILE.pub checks them. MCDEPLOY_KEY_PASSPHRASE encrypts FILE."""
+    from mcruntime.signature import keygen as make_keys
+
+    public, fingerprint = make_keys(file)
+    print(f"key {fingerprint[:16]}: keep {file} to yourself, give {public} to whoever checks")
+
+
+@app.command()
+def doctor(json_file: JsonOption = None) -> None:
+    """What can run here, and why the rest cannot.
+
+    Exit code 1 when something does not work that an installed package is for, such as onnxruntime-gpu without a GPU.
+    What is not installed is told, and is no failure.
+    """
+    from mcdeploy.doctor import examine, print_diagnosis
+
+    _check_folder(json_file)
+    diagnosis = examine()
+    print_diagnosis(diagnosis)
+    _write_json(json_file, diagnosis.to_json())
+    if diagnosis.broken:
+        raise McdeployError(diagnosis.summary())
+    print(diagnosis.summary())
 
 
 nnmass_app = typer.Typer(help="NN-Mass: choose a net by its topology, before training any.", no_args_is_help=True)
@@ -375,38 +497,57 @@ def _open_run(run: Path) -> tuple[Recipe, Any, dict[str, Any]]:
     return recipe, model, checkpoint.header
 
 
-def _prune_export(run: Path, out: Path, data: str | None = None, dynamic: str | None = None) -> Shipped:
+def _prune_export(
+    run: Path,
+    out: Path,
+    data: str | None = None,
+    changes: dict[str, Any] | None = None,
+    sign: Path | None = None,
+) -> Shipped:
+    changes = {key: value for key, value in (changes or {}).items() if value is not None}
     recipe, model, header = _open_run(run)
     with _extra("mcdeploy prune-export", "train"):
         from mcdeploy.checkpoint import FILE_NAME, sha256_of, sha256_of_json
         from mcdeploy.connectivity.ddw import dynamic_stages
         from mcdeploy.data import plain_training_images
+        from mcdeploy.package import Origin
         from mcdeploy.package import prune_export as make_bundle
-    config = _export_config(recipe.export, dynamic)
+    config = _export_config(recipe.export, changes)
+    if sign is not None and not sign.is_file():
+        raise InputError(f"--sign {sign}: no such key file; 'mcdeploy keygen' makes one")
     loaders = _loaders_of(_data_config(recipe.data, data))
     _same_classes(header["classes"], loaders.classes)
-    if dynamic and not dynamic_stages(model):
-        raise InputError(f"--dynamic {dynamic}: the wiring of {run} does not depend on the image; leave it away")
-    calibration = plain_training_images(loaders, config.calibration_images, 0) if dynamic_stages(model) else None
-    shipped = make_bundle(
-        model,
-        loaders.val,
-        config,
-        name=recipe.name,
-        out=out,
-        labels=header["classes"],
-        preprocessing=_preprocessing(header),
-        parents={
-            "checkpoint": sha256_of(run / FILE_NAME),
-            "recipe": sha256_of_json(header["recipe"]),
-            **header.get("parents", {}),
-        },
-        seeds={"train": recipe.seed},
-        calibration=calibration,
-        program=run / PROGRAM,
-        say=lambda line: print(f"    {line}"),
-    )
-    if calibration is not None and config.dynamic.startswith("static:"):
+    dynamic = dynamic_stages(model)
+    if "dynamic" in changes and not dynamic:
+        raise InputError(f"--dynamic {config.dynamic}: the wiring of {run} does not depend on the image; leave it away")
+    calibration = None
+    if dynamic or set(config.precision) != {"fp32"}:
+        calibration = plain_training_images(loaders, config.calibration_images, 0)
+    with _progress("export") as progress:
+        shipped = make_bundle(
+            model,
+            loaders.val,
+            config,
+            name=recipe.name,
+            out=out,
+            labels=header["classes"],
+            preprocessing=_preprocessing(header),
+            origin=Origin(
+                parents={
+                    "checkpoint": sha256_of(run / FILE_NAME),
+                    "recipe": sha256_of_json(header["recipe"]),
+                    **header.get("parents", {}),
+                },
+                seeds={"train": recipe.seed},
+                recipe=header["recipe"],
+            ),
+            calibration=calibration,
+            program=run / PROGRAM,
+            sign=sign,
+            say=lambda line: print(f"    {line}"),
+            progress=progress,
+        )
+    if dynamic and calibration is not None and config.dynamic.startswith("static:"):
         from mcdeploy.static import cut_static
 
         cut = cut_static(
@@ -427,16 +568,58 @@ def _prune_export(run: Path, out: Path, data: str | None = None, dynamic: str | 
     return shipped
 
 
-def _export_config(own: ExportConfig, dynamic: str | None) -> ExportConfig:
-    """The recipe's, with what --dynamic says."""
+def _export_config(own: ExportConfig, changes: dict[str, Any]) -> ExportConfig:
+    """The recipe's, with what the command line says."""
     from pydantic import ValidationError
 
-    if dynamic is None:
-        return own
     try:
-        return type(own).model_validate({**own.model_dump(), "dynamic": dynamic})
-    except ValidationError:
-        raise InputError(f"--dynamic {dynamic}: expected if, masked or static:N, such as static:4") from None
+        return type(own).model_validate({**own.model_dump(), **changes})
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = str(problem["loc"][0]) if problem["loc"] else "batch"
+        if key == "dynamic":
+            raise InputError(f"--dynamic {changes[key]}: expected if, masked or static:N, such as static:4") from None
+        raise InputError(f"--{key.replace('_', '-')}: {problem['msg'].removeprefix('Value error, ')}") from None
+
+
+def _print_models(shipped: Shipped) -> None:
+    """What really came out, as read back from the files, and how exact each is."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title="What was written, read back from the files", title_style="bold", title_justify="left")
+    for head in ("model", "file", "types", "top-1", "agrees", "largest difference"):
+        table.add_column(Text(head), overflow="fold")
+    for key, model in shipped.bundle.manifest.models.items():
+        agreement = shipped.agreements[key]
+        worst = [row.max_abs for row in shipped.parity if row.hop == ("onnx" if key == "fp32" else key)]
+        table.add_row(
+            Text(key),
+            Text(model.file),
+            Text(_types_in_words(model.nodes)),
+            f"{agreement.accuracy_before:.2%} -> {agreement.accuracy_after:.2%}",
+            f"{agreement.top1_agreement:.2%}",
+            f"{max(worst):.1e}",
+        )
+    _print_table(table)
+
+
+def _types_in_words(nodes: dict[str, dict[str, int]]) -> str:
+    """The operators that do the work, such as "Conv: 52 int8, 2 fp32"."""
+    heavy = [op for op in ("Conv", "Gemm", "MatMul") if op in nodes]
+    return "; ".join(f"{op}: {', '.join(f'{n} {kind}' for kind, n in nodes[op].items())}" for op in heavy)
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[str, float], None]]:
+    """A bar on a terminal, and nothing elsewhere: for work that reports which share of it is done."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    bar = Progress(transient=True, disable=not Console().is_terminal)
+    with bar:
+        task = bar.add_task(what, total=1.0, visible=False)
+        yield lambda words, share: bar.update(task, description=words, completed=share, visible=share < 1)
 
 
 def _report(run: Path, shipped: Shipped, bench: BenchReport | None, command: str) -> None:
@@ -541,12 +724,46 @@ def _bench(
     seconds: float,
     threads: int | None,
     image_size: int | None = None,
+    *,
+    until: float = 0.02,
+    lock_clocks: bool = False,
 ) -> BenchReport:
     with _extra("mcdeploy bench", "train"):
         from mcdeploy.targets import BACKENDS, measure
     _only("--backend", backends, list(BACKENDS))
     opened = [_open_target(text, None, None, image_size)[0] for text in targets]
-    return measure(opened, backends, batches, seconds=seconds, threads=threads, image_size=image_size)
+    return measure(
+        opened,
+        backends,
+        batches,
+        seconds=seconds,
+        threads=threads,
+        image_size=image_size,
+        until=until,
+        lock_clocks=lock_clocks,
+    )
+
+
+def _profiles(
+    targets: list[str], backends: list[str], batch: int, threads: int | None, image_size: int | None
+) -> list[Profile]:
+    from mcdeploy.profile import profile_table
+    from mcdeploy.targets import profile_targets
+
+    opened = [_open_target(text, None, None, image_size)[0] for text in targets]
+    profiles = profile_targets(opened, backends, batch, threads=threads, image_size=image_size)
+    _print_table(profile_table(profiles))
+    return profiles
+
+
+def _write_pages(report: BenchReport, profiles: list[Profile], markdown: Path | None, html: Path | None) -> None:
+    from mcdeploy.bench_page import bench_markdown, write_bench_page
+
+    command = shlex.join(["mcdeploy", *sys.argv[1:]])
+    if markdown:
+        markdown.write_text(bench_markdown(report, profiles, command), encoding="utf-8")
+    if html:
+        write_bench_page(html, report, profiles, command)
 
 
 def _bench_over_images(
@@ -620,13 +837,13 @@ def _same_classes(trained: list[str], found: list[str]) -> None:
         raise InputError(f"--data: its classes are not the run's; first difference: {odd[0] if odd else 'their order'}")
 
 
-def _percent(text: str) -> float:
+def _percent(text: str, option: str = "--fail-if-slower") -> float:
     try:
         share = float(text.removesuffix("%")) / 100
     except ValueError:
-        raise InputError(f"--fail-if-slower {text}: expected a percentage such as 5%") from None
+        raise InputError(f"{option} {text}: expected a percentage such as 5%") from None
     if share < 0:
-        raise InputError(f"--fail-if-slower {text}: expected 0% or more")
+        raise InputError(f"{option} {text}: expected 0% or more")
     return share
 
 

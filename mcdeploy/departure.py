@@ -2,8 +2,8 @@
 
 Two ONNX files made from each other share the names of their values, so all float tensors can be held side by side. A
 PyTorch model and its compiled or exported form share module paths: what a module hands on is compared, but not what a
-convolution hands to the batch norm that compile folds into it. Tensors are fetched a few at a time, so a big net needs no
-more memory than its largest few feature maps.
+convolution hands to the batch norm that compile folds into it. Tensors are fetched a few at a time, so a big net needs
+no more memory than its largest few feature maps.
 """
 
 # B = batch, C = channels, H/W = height/width.
@@ -53,7 +53,8 @@ class Departure:
             return "the two have no tensor in common to search by"
         if self.first is None:
             return f"none of {len(self.distances)} tensors in between is off by more than {self.limit:.1e}"
-        return f"the first tensor that departs is that of {self.first.name}, off by {self.first.max_abs:.1e} of its largest"
+        first = self.first
+        return f"the first tensor that departs is that of {first.name}, off by {first.max_abs:.1e} of its largest"
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for a JSON file."""
@@ -69,11 +70,14 @@ def between_files(before: Path, after: Path, images: NDArray[np.float32], limit:
     """
     first, second = onnx.load(before), onnx.load(after)
     theirs = _float_values(second)
+    rounded = _after_rounding(second)
     common = {value: name for value, name in _float_values(first).items() if value in theirs}
-    found = _pairs(
-        common, lambda part: _fetch(first, before, part, images), lambda part: _fetch(second, after, part, images)
-    )
-    return _departure(found, limit)
+
+    def fetch(part: Sequence[str]) -> dict[str, NDArray[Any]]:
+        values = _fetch(second, after, [rounded.get(name, name) for name in part], images)
+        return {name: values[rounded.get(name, name)] for name in part if rounded.get(name, name) in values}
+
+    return _departure(_pairs(common, lambda part: _fetch(first, before, part, images), fetch), limit)
 
 
 def between_modules(before: nn.Module, after: nn.Module, images: Tensor, limit: float) -> Departure:
@@ -145,11 +149,23 @@ def _float_values(model: onnx.ModelProto) -> dict[str, str]:
     }
 
 
+def _after_rounding(model: onnx.ModelProto) -> dict[str, str]:
+    """Values that are rounded to 8 bits, and the value after it. Before it, a ReLU may not have happened yet."""
+    quantised = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
+    return {
+        quantised[node.input[0]]: node.output[0]
+        for node in model.graph.node
+        if node.op_type == "DequantizeLinear" and node.input[0] in quantised
+    }
+
+
 def _values_of_modules(model: onnx.ModelProto) -> dict[str, str]:
     """Module path to the value it hands on: what the last node inside it makes."""
     made_by: dict[str, str] = {}
     for node in model.graph.node:
-        scopes = next((ast.literal_eval(prop.value) for prop in node.metadata_props if prop.key == SCOPES), [])
+        scopes: list[str] = next(
+            (ast.literal_eval(prop.value) for prop in node.metadata_props if prop.key == SCOPES), []
+        )
         for path in scopes[:-1]:
             if path:
                 made_by[path] = node.output[0]

@@ -127,13 +127,31 @@ class TrainConfig(Section):
 class ExportConfig(Section):
     """What prune-export makes and how close it must come."""
 
+    backend: Annotated[tuple[Literal["onnx", "tensorrt"], ...], Field(min_length=1)] = ("onnx",)
+    precision: Annotated[tuple[Literal["fp32", "fp16", "int8"], ...], Field(min_length=1)] = ("fp32",)
     opset: Annotated[int, Field(ge=18, le=23)] = 20
-    max_abs: Positive = 1e-3  # largest |trained - exported| over all logits, relative to the largest |logit|
-    min_agreement: Fraction = 0.999  # share of validation images with the same predicted class
-    max_accuracy_drop: Fraction = 0.01  # of the exported against the trained net, 0..1
+    batch: tuple[Count, Count, Count] = (1, 8, 32)  # min, opt, max: an engine's profile; what is verified and measured
+    # largest |trained - exported| over all logits, relative to the largest |logit|
+    max_abs: Positive = 1e-3
+    fp16_max_abs: Positive = 0.02
+    int8_max_abs: Positive = 0.5  # coarse: what int8 may cost is said by max_accuracy_drop
+    min_agreement: Fraction = 0.999  # share of validation images with the same predicted class; fp32 only
+    max_accuracy_drop: Fraction = 0.01  # of the exported against the trained net, 0..1; every precision
     # per-image wirings: skip with ONNX If, compute everything, or also cut into N static models
     dynamic: Annotated[str, Field(pattern=r"^(if|masked|static:[1-9][0-9]{0,3})$")] = "if"
-    calibration_images: Count = 512  # per-image wirings: training images that show what really varies
+    # training images that show the ranges of fp16 and int8, and what really varies in a per-image wiring
+    calibration_images: Count = 512
+    sensitivity: bool = False  # int8: measure every layer, also where the accuracy holds without
+    # terms, by SPDX name where there is one: of the trained net, of the weights it started from, of its data
+    licence: str | None = None
+    licence_weights: str | None = None
+    licence_data: str | None = None
+
+    @model_validator(mode="after")
+    def _possible(self) -> ExportConfig:
+        if not self.batch[0] <= self.batch[1] <= self.batch[2]:
+            raise ValueError(f"batch: expected min <= opt <= max, got {list(self.batch)}")
+        return self
 
 
 class Recipe(Section):

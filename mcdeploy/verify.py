@@ -114,14 +114,40 @@ def agree(expected: Runner, actual: Runner, batches: Iterable[tuple[Images, NDAr
     Raises:
         ParityError: another shape, or an output is not finite.
     """
-    images = right_before = right_after = same = 0
+    return agree_all(expected, {"": actual}, batches)[""]
+
+
+def agree_all(
+    expected: Runner, actual: Mapping[str, Runner], batches: Iterable[tuple[Images, NDArray[np.int64]]]
+) -> dict[str, Agreement]:
+    """``agree`` with several runners at once, by name.
+
+    Raises:
+        ParityError: as ``agree``.
+    """
+    images = right_before = 0
+    right_after, same = dict.fromkeys(actual, 0), dict.fromkeys(actual, 0)
     for images_BCHW, labels_B in batches:
-        before_BN, after_BN = _answers(expected, actual, images_BCHW, "validation")
+        before_BN = expected.infer(images_BCHW)
         images += len(labels_B)
         right_before += int((before_BN.argmax(1) == labels_B).sum())
-        right_after += int((after_BN.argmax(1) == labels_B).sum())
-        same += int((before_BN.argmax(1) == after_BN.argmax(1)).sum())
-    return Agreement(images, right_before / images, right_after / images, same / images)
+        for name, runner in actual.items():
+            _, after_BN = _checked(expected, before_BN, runner, runner.infer(images_BCHW), "validation")
+            right_after[name] += int((after_BN.argmax(1) == labels_B).sum())
+            same[name] += int((before_BN.argmax(1) == after_BN.argmax(1)).sum())
+    return {
+        name: Agreement(images, right_before / images, right_after[name] / images, same[name] / images)
+        for name in actual
+    }
+
+
+def accuracy(runner: Runner, batches: Iterable[tuple[Images, NDArray[np.int64]]]) -> float:
+    """Share of images whose largest logit is that of their label, 0 to 1; an entered runner."""
+    images = right = 0
+    for images_BCHW, labels_B in batches:
+        images += len(labels_B)
+        right += int((runner.infer(images_BCHW).argmax(1) == labels_B).sum())
+    return right / images
 
 
 def _compare(expected: Runner, actual: Runner, images_BCHW: Images, hop: str, kind: str, max_abs: float) -> Parity:
@@ -135,12 +161,17 @@ def _compare(expected: Runner, actual: Runner, images_BCHW: Images, hop: str, ki
 
 
 def _answers(expected: Runner, actual: Runner, images: Images, hop: str) -> tuple[NDArray[Any], NDArray[Any]]:
-    before, after = expected.infer(images), actual.infer(images)
+    return _checked(expected, expected.infer(images), actual, actual.infer(images), hop)
+
+
+def _checked(
+    expected: Runner, before: NDArray[Any], actual: Runner, after: NDArray[Any], hop: str
+) -> tuple[NDArray[Any], NDArray[Any]]:
     if before.shape != after.shape:
         raise ParityError(
             f"{hop}: {actual.name} answers with shape {list(after.shape)}, {expected.name} with {list(before.shape)}"
         )
     for runner, logits in ((expected, before), (actual, after)):
         if not np.isfinite(logits).all():
-            raise ParityError(f"{hop}: the output of {runner.name} holds NaN or infinity (batch {len(images)})")
+            raise ParityError(f"{hop}: the output of {runner.name} holds NaN or infinity (batch {len(logits)})")
     return before.astype(np.float64), after.astype(np.float64)

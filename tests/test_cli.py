@@ -19,7 +19,7 @@ from runs import short_recipe, write_recipe
 from mcdeploy import cli
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("demo", "train", "prune-export", "eval", "bench", "inspect", "serve", "recipes")
+COMMANDS = ("demo", "train", "prune-export", "eval", "bench", "inspect", "serve", "package", "keygen", "doctor", "recipes")
 
 
 @pytest.fixture(scope="module")

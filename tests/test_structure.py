@@ -14,8 +14,11 @@ LINE = [
     "connectivity.maskconnect", "connectivity.gateconnect", "connectivity.ddw", "connectivity.nnmass",
     "connectivity.rules", "connectivity", "recipe", "data", "checkpoint", "model", "evaluate", "train",
     "compile.prune", "compile.fold", "compile.branches", "compile.certify", "compile.conditional",
-    "compile.dynamic", "compile", "memory", "backends.onnx", "backends.pytorch", "backends", "verify", "bench",
-    "bench_images", "package", "static", "draw", "report", "search", "targets", "demo", "cli",
+    "compile.dynamic", "compile", "memory", "backends.onnx", "backends.readback", "backends.fp16",
+    "backends.int8", "backends.tensorrt", "departure",
+    "backends.openvino", "backends.pytorch", "backends", "verify", "intervals",
+    "surroundings", "gpu_state", "bench_report", "bench",
+    "bench_images", "profile", "package", "static", "draw", "report", "bench_page", "search", "targets", "demo", "doctor", "cli",
 ]  # fmt: skip
 
 

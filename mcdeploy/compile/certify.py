@@ -39,7 +39,6 @@ class Certificate:
     macs: tuple[int, int]  # one image, before, after
     topology: dict[str, Any]
     checks: tuple[Check, ...]
-    milliseconds: tuple[float, float] | None = None  # median, before and after; filled in by prune-export
     calibration: dict[str, Any] | None = None  # for per-image wirings: how they were frozen
 
     def to_json(self) -> dict[str, Any]:
