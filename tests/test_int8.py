@@ -168,6 +168,14 @@ def test_groups_that_are_slower_in_int8_stay_float32_and_really_run_in_it(tmp_pa
     assert np.abs(expected - actual).max() < 0.2 * np.abs(expected).max()
 
 
+def test_layers_that_onnx_runtime_quantises_again_are_an_error(tmp_path, grouped, monkeypatch):
+    """What happens without one scale a channel before them: the runtime brings back what was left out."""
+    monkeypatch.setattr("mcdeploy.backends.int8._keep_from_requantising", lambda model, names: None)
+    with pytest.raises(BackendError, match=r"10 .* of the file are int8, but ONNX Runtime runs 13 in int8"):
+        quantise(grouped, tmp_path / "q.onnx", measure=scale_of(1.3))
+    assert not (tmp_path / "q.onnx").exists()
+
+
 def test_groups_that_are_not_slower_are_quantised(tmp_path, grouped):
     report = quantise(grouped, tmp_path / "q.onnx", measure=scale_of(0.8))
     assert [choice.ratio[0] for choice in report.groups] == [0.8] * len(report.groups)

@@ -16,11 +16,11 @@ from typing import Any, Literal
 
 import onnx
 from mcruntime.engine import PROVIDERS
+from mcruntime.manifest import Precision
 from onnx import TensorProto
 
 from mcdeploy.errors import BackendError, MissingExtraError
 
-Precision = Literal["fp32", "fp16", "int8"]
 Types = Mapping[str, Mapping[str, int]]  # operator -> element type it computes in -> number of nodes
 
 # Where the time of a vision net goes. The lines after the first are what ONNX Runtime makes of it.
