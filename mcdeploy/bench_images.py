@@ -23,19 +23,13 @@ from numpy.typing import NDArray
 from rich.table import Table
 from rich.text import Text
 
-from mcdeploy.bench import (
-    RESAMPLES,
-    Interval,
-    Measured,
-    check_providers,
-    describe_machine,
-    figure_for,
-    load_average,
-    order_of_round,
-    style_of,
-    with_interval,
-)
+from mcdeploy.bench import check_providers, order_of_round
+from mcdeploy.bench_report import Measured, figure_for, style_of
 from mcdeploy.errors import BackendError, InputError
+from mcdeploy.intervals import Interval, with_interval
+from mcdeploy.surroundings import describe_afterwards, describe_machine
+
+RESAMPLES = 1000
 
 METHOD = {
     "timed region": (
@@ -195,7 +189,7 @@ def compare_over_images(
                     f"{runner.facts()}; the numbers were thrown away, measure again"
                 )
     tell("done", 1.0)
-    machine["load average after"] = load_average()
+    machine |= describe_afterwards()
     return ImagesReport(
         created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         images=len(images),

@@ -17,8 +17,9 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
 
-from mcdeploy.bench import BenchReport, with_interval
+from mcdeploy.bench_report import BenchReport
 from mcdeploy.errors import McdeployError
+from mcdeploy.intervals import with_interval
 from mcdeploy.package import Shipped
 
 START_TIMEOUT_S = 60.0

@@ -9,7 +9,7 @@ from html import escape
 from itertools import chain
 from typing import NamedTuple
 
-from mcdeploy.bench import COLOURS
+from mcdeploy.bench_report import COLOURS
 from mcdeploy.connectivity.topology import Node, Topology
 
 # ------------------------------------------------------------------------------------------------------------- wiring

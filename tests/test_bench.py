@@ -13,8 +13,10 @@ import pytest
 from rich.console import Console
 
 from mcdeploy import bench
-from mcdeploy.bench import BenchReport, check_baseline, compare_latency, order_of_round, read_report
+from mcdeploy.bench import compare_latency, order_of_round
+from mcdeploy.bench_report import BenchReport, check_baseline, read_report
 from mcdeploy.errors import BackendError, InputError, SlowerError
+from mcdeploy.intervals import Interval
 
 
 class Clock:
@@ -35,9 +37,13 @@ class Fake:
         self.name, self.clock, self.takes, self.provider = name, clock, takes, provider
         self.log = []
         self.entered = 0
+        self.loads = 0
+        self.load_seconds = 0.0
 
     def __enter__(self):
         self.entered += 1
+        self.loads += 1
+        self.clock.now += self.load_seconds
         return self
 
     def __exit__(self, *exc):
@@ -64,8 +70,7 @@ class FakeOnDevice(Fake):
 
 
 @pytest.fixture
-def clock(monkeypatch):
-    monkeypatch.setattr(bench, "RESAMPLES", 200)
+def clock():
     return Clock()
 
 
@@ -78,7 +83,8 @@ def batches(*sizes):
 
 
 def measure(clock, *runners, sizes=(1,), **options):
-    options = {"seconds": 1.0, "warmup_seconds": 0.0, **options}
+    """One load and the whole budget, unless asked otherwise."""
+    options = {"seconds": 1.0, "warmup_seconds": 0.0, "reload": False, "until": 0, **options}
     return compare_latency(runners, batches(*sizes), clock=clock, **options)
 
 
@@ -122,16 +128,64 @@ def test_throughput_is_images_over_mean_latency(clock):
     assert report.at("small", 8).images_per_second == pytest.approx(1600)
 
 
-def test_the_ratio_of_a_runner_to_its_twin_contains_one(clock):
-    rng = np.random.default_rng(5)
+def test_the_ratio_of_a_runner_to_its_twin_contains_one_about_as_often_as_it_says():
+    held = 0
+    for seed in range(60):
+        rng, clock = np.random.default_rng(seed), Clock()
+        runners = [Fake(name, clock, lambda number, images, rng=rng: 0.005 * rng.lognormal(0, 0.2)) for name in "ab"]
+        first, twin = measure(clock, *runners, min_rounds=60, seconds=0.0).latencies
+        assert first.ratio == Interval(1, 1, 1)
+        held += twin.ratio.low < 1 < twin.ratio.high
+    assert 53 <= held <= 60  # 57 expected
 
-    def noisy(number, images):
-        return 0.005 * rng.lognormal(0, 0.2)
 
-    first, second = measure(clock, Fake("a", clock, noisy), Fake("again", clock, noisy), seconds=3.0).latencies
-    assert first.ratio == bench.Interval(1, 1, 1)
-    assert second.ratio.low < 1 < second.ratio.high
-    assert second.ratio.high - second.ratio.low < 0.2
+class Moody(Fake):
+    """Its speed depends on how it was loaded, and drifts: what follows each other resembles each other."""
+
+    def __init__(self, name, clock, rng, base=0.01, load_sd=0.02, drift_sd=0.004, memory=0.98):
+        super().__init__(name, clock, self.take)
+        self.rng, self.base, self.load_sd, self.drift_sd, self.memory = rng, base, load_sd, drift_sd, memory
+        self.of_load = self.drift = 0.0
+
+    def __enter__(self):
+        self.of_load = self.load_sd * self.rng.standard_normal()
+        return super().__enter__()
+
+    def take(self, number, images):
+        self.drift = self.memory * self.drift + self.drift_sd * self.rng.standard_normal()
+        return self.base * np.exp(self.of_load + self.drift + 0.01 * self.rng.standard_normal())
+
+
+def bootstrap_over_rounds(ratios_R, draws=200):
+    """The naive interval: every round counts as independent."""
+    drawn = np.random.default_rng(0).integers(len(ratios_R), size=(draws, len(ratios_R)))
+    return np.percentile(np.median(ratios_R[drawn], axis=1), (2.5, 97.5))
+
+
+def coverage(load_sd, monkeypatch):
+    """Of 60 comparisons with a true ratio of 0.8, how many intervals hold it: ours, and the naive ones."""
+    monkeypatch.setattr(gc, "collect", lambda: 0)  # slow, and nothing here depends on it
+    kept = []
+    whole = bench._ratios
+    monkeypatch.setattr(bench, "_ratios", lambda times: kept.append(times) or whole(times))
+    ours = naive = 0
+    for seed in range(60):
+        rng, clock = np.random.default_rng(seed), Clock()
+        runners = (Moody("a", clock, rng, 0.010, load_sd), Moody("b", clock, rng, 0.008, load_sd))
+        kept.clear()
+        ratio = measure(clock, *runners, seconds=10.0, reload=True).at("b", 1).ratio
+        turns_AR = np.median(max(kept, key=np.size), axis=2)
+        low, high = bootstrap_over_rounds(turns_AR[1] / turns_AR[0])
+        ours += ratio.low <= 0.8 <= ratio.high
+        naive += low <= 0.8 <= high
+    return ours, naive
+
+
+@pytest.mark.parametrize("load_sd", [0.0, 0.02])
+def test_intervals_hold_under_drift_and_where_loads_differ_while_naive_ones_do_not(load_sd, monkeypatch):
+    ours, naive = coverage(load_sd, monkeypatch)
+    assert ours >= 53  # 57 of 60 expected
+    assert naive <= 42
 
 
 def test_drift_of_the_machine_cancels_in_the_ratio(clock):
@@ -207,7 +261,52 @@ def test_measuring_stops_when_the_budget_is_spent(clock):
 
 def test_measuring_stops_early_with_samples_enough(clock, monkeypatch):
     monkeypatch.setattr(bench, "MAX_SAMPLES", 160)
-    assert pair(clock, seconds=1e6).at("big", 1).num_samples == 160
+    assert pair(clock, seconds=1e6).at("big", 1).num_samples == 160  # 20 sections of 4 rounds of 2
+
+
+def test_measuring_stops_once_every_ratio_is_known_well_enough_and_says_so(clock):
+    rng = np.random.default_rng(2)
+
+    def noisy(spread):
+        return lambda number, images: 0.01 * rng.lognormal(0, spread)
+
+    narrow = measure(clock, Fake("a", clock, noisy(0.002)), Fake("b", clock, noisy(0.002)), seconds=40.0, until=0.02)
+    wide = measure(clock, Fake("a", clock, noisy(0.5)), Fake("b", clock, noisy(0.5)), seconds=40.0, until=0.02)
+    assert {row.stopped for row in narrow.latencies} == {"narrow"}
+    assert narrow.latencies[1].ratio.width < 0.02
+    assert narrow.latencies[1].num_rounds < 0.6 * wide.latencies[1].num_rounds  # 10 of 20 sections
+    assert {row.stopped for row in wide.latencies} == {"budget"}
+    assert wide.latencies[1].ratio.width > 0.02
+
+
+def test_one_batch_size_may_stop_while_another_goes_on(clock):
+    rng = np.random.default_rng(2)
+
+    def noisy_at_two(number, images):
+        return 0.01 * rng.lognormal(0, 0.002 if len(images) == 1 else 0.5)
+
+    runners = (Fake("a", clock, noisy_at_two), Fake("b", clock, noisy_at_two))
+    report = measure(clock, *runners, sizes=(1, 2), seconds=40.0, until=0.02, reload=True)
+    assert [row.stopped for row in report.latencies] == ["narrow", "narrow", "budget", "budget"]
+    assert [row.num_loads for row in report.latencies] == [10, 10, 20, 20]
+
+
+def test_models_are_loaded_anew_for_every_section(clock):
+    runners = (Fake("a", clock, constant(0.01)), Fake("b", clock, constant(0.01)))
+    report = measure(clock, *runners, seconds=10.0, reload=True)
+    assert [runner.loads for runner in runners] == [20, 20]
+    assert {(row.num_loads, row.units) for row in report.latencies} == {(20, "load")}
+
+
+@pytest.mark.parametrize(
+    ("load_seconds", "loads", "units"), [(0.75, 6, "load"), (2.0, 3, "section"), (9.0, 1, "section")]
+)
+def test_models_that_load_slowly_are_loaded_less_often(clock, load_seconds, loads, units):
+    runners = (Fake("a", clock, constant(0.01)), Fake("b", clock, constant(0.01)))
+    for runner in runners:
+        runner.load_seconds = load_seconds
+    report = measure(clock, *runners, seconds=10.0, reload=True)
+    assert {(row.num_loads, row.units) for row in report.latencies} == {(loads, units)}
 
 
 def test_garbage_collection_is_off_while_timing_and_back_afterwards(clock):
@@ -235,7 +334,9 @@ def test_progress_grows_to_one(clock):
     assert shares == sorted(shares)
     assert told[0] == ("batch 1: warm-up", 0.0)
     assert told[-1] == ("done", 1.0)
-    assert {what for what, share in told if share < 0.5} == {"batch 1: warm-up", "batch 1: measuring"}
+    assert {what for what, _ in told} == {f"batch {n}: {what}" for n in (1, 2) for what in ("warm-up", "measuring")} | {
+        "done"
+    }
 
 
 # ------------------------------------------------------------------------------------------------------ device clock
@@ -259,6 +360,40 @@ def test_a_runner_that_could_but_runs_on_the_host_is_timed_by_the_host(clock):
     runner = FakeOnDevice("a", clock, constant(0.01))
     runner.time_on_device = lambda images: None
     assert measure(clock, runner).latencies[0].timed == "host"
+
+
+# --------------------------------------------------------------------------------------------------------------- gpu
+
+
+def test_the_state_of_the_gpu_and_the_energy_of_an_inference_are_in_the_report(clock):
+    pytest.importorskip("pynvml")
+    from test_gpu_state import double
+
+    from mcdeploy.gpu_state import GpuWatch
+
+    nvml = double(nvmlDeviceGetTotalEnergyConsumption=lambda: int(clock.now * 100_000))  # 100 W
+    runners = (FakeOnDevice("a", clock, constant(0.01)), FakeOnDevice("b", clock, constant(0.02)))
+    report = measure(clock, *runners, gpu=GpuWatch(lock_clocks=True, nvml=nvml))
+    assert [row.energy_mj for row in report.latencies] == pytest.approx([1000, 2000], rel=0.01)
+    assert report.gpu["state"] == "locked"
+    assert report.warnings == tuple(w for w in report.warnings if "GPU" not in w)
+    assert nvml.names()[-2:] == ["nvmlDeviceResetGpuLockedClocks", "nvmlShutdown"]
+    assert BenchReport.from_json(json.loads(json.dumps(report.to_json()))) == report
+
+
+def test_a_throttled_gpu_is_a_warning(clock):
+    pynvml = pytest.importorskip("pynvml")
+    from test_gpu_state import double
+
+    from mcdeploy.gpu_state import GpuWatch
+
+    nvml = double(
+        nvmlDeviceGetCurrentClocksEventReasons=pynvml.nvmlClocksEventReasonSwPowerCap,
+        nvmlDeviceGetTotalEnergyConsumption=0,
+    )
+    report = measure(clock, Fake("a", clock, constant(0.01)), gpu=GpuWatch(nvml=nvml))
+    assert report.gpu["state"] == "throttled"
+    assert any("slowed itself down" in warning and "power cap" in warning for warning in report.warnings)
 
 
 # --------------------------------------------------------------------------------------------------------- refusals
@@ -320,7 +455,7 @@ def test_a_ratio_that_grew_more_than_allowed_fails_the_baseline(clock):
 
 def test_a_ratio_whose_interval_reaches_the_allowed_one_passes(clock):
     baseline, report = pair(clock, 0.010, 0.005), pair(clock, 0.010, 0.006)
-    unsure = replace(report.latencies[1], ratio=bench.Interval(0.6, 0.51, 0.7))
+    unsure = replace(report.latencies[1], ratio=Interval(0.6, 0.51, 0.7))
     check_baseline(replace(report, latencies=(report.latencies[0], unsure)), baseline, 0.05)
 
 
@@ -365,7 +500,7 @@ def test_a_report_survives_json(clock, tmp_path):
     assert read_report(path) == report
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"kind": "mcdeploy bench", "version": 2}'])
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"kind": "mcdeploy bench", "version": 1}'])
 def test_what_is_no_report_is_refused(tmp_path, text):
     path = tmp_path / "bench.json"
     path.write_text(text)
@@ -388,29 +523,18 @@ def test_from_json_wants_every_field(clock):
 def test_the_report_says_what_was_timed_and_where_but_not_the_machines_name(clock):
     report = pair(clock)
     assert {"timed region, host", "interval", "ratio", "memory"} <= set(report.method)
-    assert set(report.machine) == {
-        "cpu",
-        "cores usable",
-        "cores",
-        "system",
-        "load average before",
-        "load average after",
-    }
+    assert {"cpu", "cores usable", "affinity", "cpu governor", "load average before", "load average after"} <= set(
+        report.machine
+    )
     assert report.machine["cpu"]
     assert platform.node() not in report.machine.values()
 
 
 def test_memory_is_the_growth_of_the_process_while_loading_and_running(clock, monkeypatch):
     resident = iter([1000, 1700, 5000, 5040])  # before and after entering, before and after the warm-up
-    monkeypatch.setattr(bench, "_resident_bytes", lambda: next(resident))
+    monkeypatch.setattr(bench, "resident_bytes", lambda: next(resident))
     runner = measure(clock, Fake("a", clock, constant(0.01))).runners[0]
     assert (runner.load_bytes, runner.run_bytes) == (700, 40)
-
-
-def test_the_cpu_is_named_as_linux_names_it(tmp_path):
-    cpuinfo = tmp_path / "cpuinfo"
-    cpuinfo.write_text("processor\t: 0\nmodel name\t: Fast CPU @ 9 GHz\n")
-    assert bench._cpu_model(cpuinfo) == "Fast CPU @ 9 GHz"
 
 
 def test_the_table_shows_every_runner_literally(clock):
