@@ -50,10 +50,10 @@ def busy_warnings(before: float | None, threads: int, cores: int) -> list[str]:
         cores: CPUs that the process may use.
     """
     found = []
-    if before is not None and before + threads > cores + 0.5:
+    if before is not None and before + min(threads, cores) > cores + 0.5:
         found.append(
             f"other programs kept {before:.1f} of {cores} cores busy in the minute before: with {threads} thread(s) of "
-            "ours, the models waited for the CPU at times. Ratios hold better than milliseconds; close other programs"
+            "ours, the models waited for the CPU at times, which counts as latency and draws ratios to 1; close them"
         )
     if threads > cores:
         found.append(f"{threads} threads on {cores} cores: they take turns; give --threads {cores}")
