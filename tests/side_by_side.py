@@ -151,7 +151,7 @@ def as_markdown(rows: list[dict], facts: dict) -> str:
         "# Side by side: what removing blocks, masking them, and cutting channels is worth",
         "",
         "ONNX Runtime on the CPU, 1 thread, batch 1, 224 pixels, random weights; latency over that of the dense net",
-        "exported by mcdeploy, with 95 % intervals; below 1 is faster. All forms of a net take turns in one run of its own.",
+        "exported by mcdeploy, with 95 % intervals; below 1 is faster. The forms of a net take turns in one run.",
         f"{machine['cpu']}, {machine['cores usable']} cores shared with other work (load average {facts['loads']});",
         f"onnxruntime {facts['onnxruntime']}, timm {timm.__version__}, torch {torch.__version__}, Torch-Pruning "
         f"{facts['torch_pruning']}; {facts['created']}.",
