@@ -123,7 +123,7 @@ def prune_export(
         float | None, typer.Option(min=0, max=100, help="Percentage points of top-1 that a precision may cost.")
     ] = None,
     sensitivity: Annotated[bool, typer.Option("--sensitivity", help="int8: measure every layer's share.")] = False,
-    sign: Annotated[Path | None, typer.Option(help="Sign the bundle with this private key ('mcdeploy keygen').")] = None,
+    sign: Annotated[Path | None, typer.Option(help="Sign with this private key; 'mcdeploy keygen' makes one.")] = None,
     dynamic: Annotated[
         str | None, typer.Option(help="Per-image wirings: if, masked, or static:N (N static models in RUN/static).")
     ] = None,
@@ -230,6 +230,8 @@ def bench(
     _check_folder(json_file)
     for file in (plot, markdown, html):
         _check_folder(file)
+    if profile and (others := sorted({*backend} - {"onnx", "pytorch"})):
+        raise InputError(f"--profile: knows how to look into onnx and pytorch, not into {', '.join(others)}")
     if data and not over_images:
         raise InputError("--data: bench takes noise unless --over-images says how many validation images to take")
     if over_images:

@@ -13,9 +13,10 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mcdeploy.bench import COLOURS, BenchReport, distribution, with_interval
+from mcdeploy.bench_report import COLOURS, BenchReport, distribution
 from mcdeploy.connectivity.topology import Node, Topology, count_edges
 from mcdeploy.draw import Chart, Line, draw_chart, draw_wiring, paint, shortened
+from mcdeploy.intervals import with_interval
 
 DARK_COLOURS = ("#5AA9E6", "#F28E4B", "#35C99D", "#E19AC4", "#E6B84A", "#A8DBF7")  # COLOURS, lighter
 
@@ -43,6 +44,7 @@ class ReportData:
     parity: Sequence[Mapping[str, Any]] = ()  # one row a comparison, any columns
     bench: BenchReport | None = None
     provenance: Mapping[str, str] = field(default_factory=dict)  # commands, versions, hashes
+    more: Mapping[str, str] = field(default_factory=dict)  # further sections, HTML by heading, after the latency
 
 
 def write_report(path: Path | str, data: ReportData) -> None:
@@ -87,14 +89,15 @@ def write_run_report(
 def render_report(data: ReportData) -> str:
     """The page as text."""
     sections = {
-        "What changed": _table(("", "before", "after", "change"), data.headline) if data.headline else "",
+        "What changed": html_table(("", "before", "after", "change"), data.headline) if data.headline else "",
         "Wiring": _wirings(data.before, data.after),
         "Training": _training(data.metrics_rows),
         "Gates": _gates(data.metrics_rows, data.candidates, data.before),
         "Latency": _latency(data.bench) if data.bench else "",
+        **data.more,
         "Certificate": _certificate(data.certificate) if data.certificate else "",
         "Parity": _parity(data.parity),
-        "Where this comes from": _table((), data.provenance.items()) if data.provenance else "",
+        "Where this comes from": html_table((), data.provenance.items()) if data.provenance else "",
     }
     body = "\n".join(f"<section><h2>{escape(head)}</h2>\n{text}</section>" for head, text in sections.items() if text)
     title = escape(data.title)
@@ -302,8 +305,8 @@ def _latency(bench: BenchReport) -> str:
         f"<p>{keys}</p><div>{''.join(map(draw_chart, charts))}</div>"
         f"<p>In brackets: 95 % intervals. Ratios below 1 are faster. "
         f"Measured {escape(bench.created)} on {escape(machine)}.</p>"
-        f"{_table(heads, rows)}{_table(('runner', 'what ran', 'process memory'), facts)}"
-        f"<details><summary>What these numbers mean</summary>{_table((), bench.method.items())}</details>"
+        f"{html_table(heads, rows)}{html_table(('runner', 'what ran', 'process memory'), facts)}"
+        f"<details><summary>What these numbers mean</summary>{html_table((), bench.method.items())}</details>"
     )
 
 
@@ -311,15 +314,11 @@ def _certificate(certificate: Mapping[str, Any]) -> str:
     parts = []
     costs = [
         HeadlineRow(name, _number(pair[0]), _number(pair[1]), f"{pair[1] / pair[0] - 1:+.1%}" if pair[0] else "")
-        for key, name in (
-            ("parameters", "parameters"),
-            ("macs", "multiply-accumulates"),
-            ("milliseconds", "milliseconds"),
-        )
+        for key, name in (("parameters", "parameters"), ("macs", "multiply-accumulates"))
         if (pair := certificate.get(key))
     ]
     if costs:
-        parts.append(_table(("", "before", "after", "change"), costs))
+        parts.append(html_table(("", "before", "after", "change"), costs))
     if certificate.get("checks"):
         parts.append("<h3>Checks that passed</h3>" + _parity(certificate["checks"]))
     removed = certificate.get("removed") or {}
@@ -336,7 +335,7 @@ def _parity(rows: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
         return ""
     heads = list(dict.fromkeys(key for row in rows for key in row))
-    return _table(
+    return html_table(
         [head.replace("_", " ") for head in heads], [[_cell(row.get(head, "")) for head in heads] for row in rows]
     )
 
@@ -354,7 +353,7 @@ def _number(value: float) -> str:
     return "0" if value == 0 else f"{value:.4g}"
 
 
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def html_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table; the first column is a heading, and a cell that starts with a digit or sign stands to the right."""
 
     def cell(text: str) -> str:
@@ -386,7 +385,8 @@ table{border-collapse:collapse}
 th,td{padding:4px 14px 4px 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--line)}
 thead th{font-weight:600;color:var(--faint)}tbody th{font-weight:500}
 td.n{font-variant-numeric:tabular-nums;white-space:nowrap}
-ul{columns:3 200px;margin:4px 0;font-family:ui-monospace,monospace;font-size:13px}summary{cursor:pointer}
+ul{columns:3 200px;margin:4px 0;font-family:ui-monospace,monospace;font-size:13px}
+ul.plain{columns:1;font:inherit;max-width:80ch}summary{cursor:pointer}
 .key{margin-right:16px;white-space:nowrap}
 .key span{display:inline-block;width:22px;height:4px;margin-right:6px;vertical-align:middle;background:currentColor}
 .chart{max-width:100%;height:auto;margin:4px 10px 4px 0}.chart text{font-size:11px;fill:currentColor}

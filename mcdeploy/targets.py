@@ -1,7 +1,7 @@
 """What a user can name on the command line, as a runner: a run, a bundle, a model file, or a backbone.
 
 runs/digits           a run folder: the trained, frozen model
-runs/digits/bundle    a bundle folder: its ONNX model, hashes checked
+runs/digits/bundle    a bundle folder: the model it serves, hashes checked; runs/digits/bundle@int8 is another one of it
 model.onnx            an ONNX file
 compiled.pt2          an ExportedProgram, as prune-export leaves it in the run folder
 resnet20_cifar        a timm name: the backbone as timm builds it, with random weights unless given some
@@ -16,15 +16,15 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import onnx
 import timm
 import torch
 from google.protobuf.message import DecodeError
-from mcruntime.bundle import load_bundle
-from mcruntime.engine import OnnxRunner, Provider, Runner
+from mcruntime.bundle import load_bundle, split_key
+from mcruntime.engine import OnnxRunner, Provider, Runner, available_threads
 from mcruntime.preprocess import Preprocessing
 from rich.console import Console
 from rich.progress import Progress, track
@@ -34,8 +34,9 @@ from mcdeploy.backbones.nnmass_cells import Cell, CellNet, Links
 from mcdeploy.backbones.sparsenet import SparseNet
 from mcdeploy.backends.onnx import export_onnx
 from mcdeploy.backends.pytorch import TorchRunner
-from mcdeploy.bench import BenchReport, compare_latency
+from mcdeploy.bench import compare_latency
 from mcdeploy.bench_images import ImagesReport, compare_over_images
+from mcdeploy.bench_report import BenchReport
 from mcdeploy.checkpoint import FILE_NAME, load_checkpoint
 from mcdeploy.compile.dynamic import count_wirings, open_everything
 from mcdeploy.compile.prune import count_macs, count_parameters, freeze
@@ -48,20 +49,38 @@ from mcdeploy.data import Loaders
 from mcdeploy.draw import EdgeValues, draw_wiring, gate_values_of, joins_of, open_shares_of, wiring_page
 from mcdeploy.errors import BackendError, InputError, WiringError
 from mcdeploy.evaluate import Accuracy, evaluate
+from mcdeploy.gpu_state import GpuWatch
 from mcdeploy.memory import peak_activation_bytes
+from mcdeploy.profile import Profile, profile_module, profile_onnx
 
-Backend = Literal["pytorch", "compiled", "onnx", "cuda", "tensorrt", "pytorch-cuda", "compiled-cuda"]
-BACKENDS = ("onnx", "pytorch", "compiled", "cuda", "tensorrt", "pytorch-cuda", "compiled-cuda")
+Backend = Literal[
+    "onnx", "openvino", "pytorch", "compiled", "onnx-cuda", "onnx-tensorrt", "tensorrt", "pytorch-cuda", "compiled-cuda"
+]
+BACKENDS: tuple[str, ...] = get_args(Backend)
+# What the runner must say it runs on; PyTorch's says it of its own tensors and is held to its device on loading.
+PROVIDER_OF = {
+    "onnx": "cpu",
+    "openvino": "cpu",
+    "onnx-cuda": "cuda",
+    "onnx-tensorrt": "tensorrt",
+    "tensorrt": "tensorrt",
+    "pytorch": "cpu",
+    "compiled": "cpu",
+    "pytorch-cuda": "cuda",
+    "compiled-cuda": "cuda",
+}
+ONNX_PROVIDERS: dict[str, Provider] = {"onnx": "cpu", "onnx-cuda": "cuda", "onnx-tensorrt": "tensorrt"}
 KINDS = "a run folder, a bundle folder, an .onnx or .pt2 file, or a timm model name"
 
 
 @dataclass(frozen=True)
 class Target:
-    """One of ``module`` and ``onnx`` is given. ``labels`` and ``preprocessing`` when the target knows them."""
+    """One of ``module``, ``onnx`` and ``engine`` is given. ``labels`` and ``preprocessing`` when the target knows them."""
 
     name: str
     module: nn.Module | None = None
     onnx: Path | None = None
+    engine: Path | None = None  # a TensorRT plan, for the GPU that it was built on
     image_size: int | None = None
     labels: tuple[str, ...] | None = None
     preprocessing: Preprocessing | None = None
@@ -76,7 +95,7 @@ def kind_of(text: str) -> Literal["run", "bundle", "onnx", "pt2", "backbone"]:
         InputError: none that we know; says what can be named.
     """
     path = Path(text)
-    if (path / "manifest.json").exists():
+    if (split_key(text)[0] / "manifest.json").exists():
         return "bundle"
     if (path / FILE_NAME).exists():
         return "run"
@@ -102,16 +121,20 @@ def open_file(text: str) -> Target:
         case "bundle":
             bundle = load_bundle(path)
             manifest = bundle.manifest
+            is_engine = bundle.model.backend == "tensorrt"
             return Target(
                 text,
-                onnx=bundle.model_path,
+                onnx=None if is_engine else bundle.model_path,
+                engine=bundle.model_path if is_engine else None,
                 image_size=manifest.preprocessing.image_size,
                 labels=manifest.labels,
                 preprocessing=manifest.preprocessing,
             )
         case "onnx":
-            if (path.parent / "manifest.json").exists():  # the model inside a bundle
-                return replace(open_file(str(path.parent)), name=text)
+            if (path.parent / "manifest.json").exists():  # a model inside a bundle
+                models = load_bundle(path.parent).manifest.models
+                key = next((key for key, model in models.items() if model.file == path.name), None)
+                return replace(open_file(f"{path.parent}@{key}" if key else str(path.parent)), name=text)
             return Target(text, onnx=path, image_size=_square([axis.dim_value for axis in _input_axes(path)[2:]]))
         case "pt2":
             try:
@@ -140,24 +163,53 @@ def _square(sizes: Sequence[int]) -> int | None:
     return int(sizes[0]) if len(sizes) == 2 and sizes[0] == sizes[1] and sizes[0] > 0 else None
 
 
-def open_runner(target: Target, backend: Backend, stack: ExitStack, *, image_size: int, threads: int | None) -> Runner:
-    """A runner on the backend that was asked for, not yet entered. A module on an ONNX backend is exported first.
+def as_backend(text: str) -> Backend:
+    """The backend of that name.
+
+    Raises:
+        InputError: there is none; says which there are.
+    """
+    for backend in get_args(Backend):
+        if backend == text:
+            return backend
+    raise InputError(f"unknown backend {text!r}; valid are {', '.join(BACKENDS)}")
+
+
+def open_runner(
+    target: Target,
+    backend: Backend,
+    stack: ExitStack,
+    *,
+    image_size: int,
+    threads: int | None,
+    batches: Sequence[int] = (1,),
+) -> Runner:
+    """A runner on the backend that was asked for, not yet entered. A module is exported first where ONNX is needed.
 
     Args:
         stack: owns the temporary folder of such an export.
+        batches: what will be run; TensorRT engines are built for these, and tuned for the largest.
 
     Raises:
-        BackendError: the target has no form for that backend.
+        BackendError: the target has no form for that backend, or TensorRT could not build it.
     """
     name = f"{target.name} [{backend}]"
-    if backend in ("onnx", "cuda", "tensorrt"):
-        path = target.onnx
-        if path is None:
-            assert target.module is not None
-            path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "model.onnx"
-            export_onnx(target.module.eval(), path, torch.zeros(2, 3, image_size, image_size))
-        provider: Provider = "cpu" if backend == "onnx" else backend
-        return OnnxRunner(path, name=name, provider=provider, threads=threads)
+    if target.engine is not None:
+        if backend != "tensorrt":
+            raise BackendError(f"{target.name}: is a TensorRT engine; ask for --backend tensorrt, or name another model")
+        from mcruntime.tensorrt import TensorRTRunner
+
+        return TensorRTRunner(target.engine, name=name)
+    if backend in ONNX_PROVIDERS or backend in ("openvino", "tensorrt"):
+        path = _onnx_of(target, stack, image_size)
+        if backend == "openvino":
+            from mcdeploy.backends.openvino import OpenVINORunner
+
+            return OpenVINORunner(path, name=name, threads=threads)
+        span = (min(batches), max(batches), max(batches))
+        if backend == "tensorrt":
+            return _native_tensorrt(path, name, span)
+        return OnnxRunner(path, name=name, provider=ONNX_PROVIDERS[backend], threads=threads, batches=span)
     if target.module is None:
         raise BackendError(f"{target.name}: has no PyTorch form; give the run folder or its compiled.pt2 for {backend}")
     return TorchRunner(
@@ -169,6 +221,46 @@ def open_runner(target: Target, backend: Backend, stack: ExitStack, *, image_siz
     )
 
 
+def _onnx_of(target: Target, stack: ExitStack, image_size: int) -> Path:
+    """The target's ONNX file, or its module exported to one that lives as long as ``stack``."""
+    if target.onnx is not None:
+        return target.onnx
+    assert target.module is not None
+    path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "model.onnx"
+    export_onnx(target.module.eval(), path, torch.zeros(2, 3, image_size, image_size))
+    return path
+
+
+def _native_tensorrt(path: Path, name: str, batches: tuple[int, int, int]) -> Runner:
+    from mcruntime.tensorrt import TensorRTRunner
+
+    from mcdeploy.backends.readback import precision_of, read_facts
+    from mcdeploy.backends.tensorrt import EngineOptions, cached_engine
+
+    asked = precision_of(read_facts(path).nodes).split()[0]
+    precision: Literal["fp32", "fp16", "int8"] = "fp16" if asked == "fp16" else "int8" if asked == "int8" else "fp32"
+    plan, _ = cached_engine(path, EngineOptions(batches=batches), precision=precision)
+    return TensorRTRunner(plan, name=name)
+
+
+def _with_precision(report: BenchReport, runners: Sequence[tuple[Runner, Backend, Path | None]]) -> BenchReport:
+    """Adds to the facts in which type the heavy nodes of an ONNX file really run, where the runtime tells."""
+    from mcdeploy.backends.readback import precision_of, read_facts, running_types
+
+    found: dict[str, str] = {}
+    for runner, backend, path in runners:
+        if path is not None and backend in ("onnx", "onnx-cuda"):
+            running = running_types(path, "cpu" if backend == "onnx" else "cuda")
+            found[runner.name] = precision_of(read_facts(path).nodes, running)
+    return replace(
+        report,
+        runners=tuple(
+            replace(row, facts={"precision": found[row.name], **row.facts}) if row.name in found else row
+            for row in report.runners
+        ),
+    )
+
+
 def measure(
     targets: Sequence[Target],
     backends: Sequence[str],
@@ -177,13 +269,20 @@ def measure(
     seconds: float,
     threads: int | None,
     image_size: int | None = None,
+    until: float = 0.02,
+    lock_clocks: bool = False,
 ) -> BenchReport:
     """Time every target on every backend against the first, on noise, with interleaved rounds; see ``bench``.
+
+    The facts of an ONNX file in ONNX Runtime say in which type its heavy nodes run after the runtime's own passes.
 
     Raises:
         InputError: the targets disagree on the image size, or none of them says one.
         BackendError: a target has no form for a backend, or the machine lacks it.
     """
+    on_gpu = any(PROVIDER_OF[as_backend(backend)] != "cpu" for backend in backends)
+    if lock_clocks and not on_gpu:
+        raise InputError("--lock-clocks: holds a GPU's clock, but no backend runs on a GPU; name one, or leave it out")
     sizes = {target.image_size for target in targets if target.image_size} if image_size is None else {image_size}
     if len(sizes) != 1:
         found = ", ".join(f"{target.name}: {target.image_size or 'unknown'}" for target in targets)
@@ -193,25 +292,60 @@ def measure(
     progress = Progress(transient=True, disable=not Console().is_terminal)
     with ExitStack() as stack, progress:
         bar = progress.add_task("bench", total=1.0)
-        runners = [
-            open_runner(target, backend, stack, image_size=size, threads=threads)  # type: ignore[arg-type]
-            for target in targets
-            for backend in backends
-        ]
-        asked = {"onnx": "cpu", "cuda": "cuda", "tensorrt": "tensorrt"}
-        providers = {
-            f"{target.name} [{backend}]": asked[backend]
-            for target in targets
-            for backend in backends
-            if backend in asked
-        }
-        return compare_latency(
-            runners,
+        opened = []
+        for target in targets:
+            for backend in map(as_backend, backends):
+                needs_file = target.engine is None and ("onnx" in backend or target.module is None)
+                path = _onnx_of(target, stack, size) if needs_file else None
+                here = target if path is None else replace(target, onnx=path)
+                runner = open_runner(here, backend, stack, image_size=size, threads=threads, batches=batches)
+                opened.append((runner, backend, path))
+        report = compare_latency(
+            [runner for runner, _, _ in opened],
             {batch: noise[:batch] for batch in batches},
             seconds=seconds,
-            providers=providers,
+            until=until,
+            threads=threads,
+            gpu=GpuWatch(lock_clocks=lock_clocks) if on_gpu else None,
+            providers={runner.name: PROVIDER_OF[backend] for runner, backend, _ in opened},
             progress=lambda what, share: progress.update(bar, description=what, completed=share),
         )
+        return _with_precision(report, opened)
+
+
+def profile_targets(
+    targets: Sequence[Target],
+    backends: Sequence[str],
+    batch: int,
+    *,
+    threads: int | None,
+    image_size: int | None = None,
+) -> list[Profile]:
+    """Where the time goes in every target, by block, on ``onnx`` and ``pytorch``; see ``profile``.
+
+    Raises:
+        InputError: another backend, or no image size.
+        BackendError: a target has no form for a backend.
+    """
+    for backend in backends:
+        if backend not in ("onnx", "pytorch"):
+            raise InputError(f"--profile: knows how to look into onnx and pytorch, not into {backend}")
+    found = []
+    for target in targets:
+        size = image_size or target.image_size
+        if size is None:
+            raise InputError(f"{target.name}: does not say its image size; give --image-size")
+        noise = np.random.default_rng(0).standard_normal((batch, 3, size, size)).astype(np.float32)
+        for backend in backends:
+            name = f"{target.name} [{backend}]"
+            if backend == "onnx":
+                with ExitStack() as stack:
+                    found.append(profile_onnx(_onnx_of(target, stack, size), noise, name=name, threads=threads))
+            elif target.module is None:
+                raise BackendError(f"{target.name}: has no PyTorch form; give the run folder or its compiled.pt2")
+            else:
+                found.append(profile_module(target.module, noise, name=name, threads=threads or available_threads()))
+    return found
 
 
 def measure_over_images(
@@ -249,18 +383,14 @@ def measure_over_images(
     progress = Progress(transient=True, disable=not Console().is_terminal)
     with ExitStack() as stack, progress:
         bar = progress.add_task("bench", total=1.0)
-        pairs = [(target, backend) for backend in backends for target in everything]
-        runners = [
-            open_runner(target, backend, stack, image_size=size, threads=threads)  # type: ignore[arg-type]
-            for target, backend in pairs
-        ]
-        asked = {"onnx": "cpu", "cuda": "cuda", "tensorrt": "tensorrt"}
+        pairs = [(target, backend) for backend in map(as_backend, backends) for target in everything]
+        runners = [open_runner(target, backend, stack, image_size=size, threads=threads) for target, backend in pairs]
         return compare_over_images(
             runners,
             images.numpy().astype(np.float32),
             wirings=found,
             rounds=rounds,
-            providers={f"{target.name} [{backend}]": asked[backend] for target, backend in pairs if backend in asked},
+            providers={f"{target.name} [{backend}]": PROVIDER_OF[backend] for target, backend in pairs},
             progress=lambda what, share: progress.update(bar, description=what, completed=share),
         )
 
@@ -277,7 +407,7 @@ def evaluate_target(target: Target, loaders: Loaders, *, image_size: int) -> Acc
             f"{target.name}: was trained on other classes than the data has, such as {(odd or ['order'])[0]}"
         )
     with ExitStack() as stack:
-        backend: Backend = "pytorch" if target.module is not None else "onnx"
+        backend: Backend = "pytorch" if target.module is not None else "tensorrt" if target.engine else "onnx"
         runner = stack.enter_context(open_runner(target, backend, stack, image_size=image_size, threads=None))
         return evaluate(
             lambda images: torch.from_numpy(runner.infer(images.numpy())),

@@ -14,7 +14,7 @@ import torch
 from onnx import helper, numpy_helper
 from runs import short_recipe
 
-from mcdeploy import cli, package
+from mcdeploy import cli, forms, package
 from mcdeploy.backends import onnx as exporter
 from mcdeploy.errors import BackendError, BundleError, ParityError
 
@@ -40,7 +40,7 @@ def later(sound, monkeypatch):
     whole = sound.bundle.folder / "model.onnx"
     monkeypatch.setattr(package, "compile_with_certificate", lambda *given: (sound.compiled, sound.certificate))
     monkeypatch.setattr(package, "export_onnx", lambda model, path, example, **options: shutil.copy(whole, path))
-    monkeypatch.setattr(package._Hops, "check_program", lambda hops, program: None)
+    monkeypatch.setattr(package.Hops, "check_program", lambda hops, program: None)
     monkeypatch.setattr(package, "export_program", lambda model, path, example: path.write_bytes(b""))
 
 
@@ -60,15 +60,16 @@ def rewrite(path, change):
 
 
 def spoil_after(monkeypatch, name, spoil):
-    """Let ``package.name(source, target, ...)`` work, then spoil what it wrote."""
-    real = getattr(package, name)  # after ``later``, which replaces some
+    """Let ``name(source, target, ...)`` work, then spoil what it wrote."""
+    home = package if name == "export_onnx" else forms
+    real = getattr(home, name)  # after ``later``, which replaces some
 
     def spoiled(first, target, *rest, **options):
         made = real(first, target, *rest, **options)
         spoil(target)
         return made
 
-    monkeypatch.setattr(package, name, spoiled)
+    monkeypatch.setattr(home, name, spoiled)
 
 
 def double_a_weight(layer):

@@ -104,6 +104,9 @@ def _name_nodes(model: Any) -> None:
     for node in model.graph.all_nodes():
         scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "['']"))
         module = next((scope for scope in reversed(scopes[:-1]) if scope not in ("", NO_MODULE)), "")
+        for value in node.inputs:  # the exporter's fusions may leave a convolution in the place of the norm behind it
+            if value is not None and value.is_initializer() and str(value.name).endswith(".weight"):
+                module = str(value.name).removesuffix(".weight")
         name = f"{module}/{node.op_type}"
         seen[name] += 1
         node.name = name if seen[name] == 1 else f"{name}#{seen[name]}"

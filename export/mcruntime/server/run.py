@@ -17,12 +17,13 @@ import numpy as np
 import uvicorn
 
 from mcruntime.bundle import Bundle, load_bundle
-from mcruntime.engine import OnnxRunner, Provider
+from mcruntime.engine import OnnxRunner, Provider, Runner
 from mcruntime.errors import InputError, McdeployError
 from mcruntime.server.app import App, ServedModel
 from mcruntime.server.executor import Executor
 from mcruntime.server.protocol import ModelSpec
 from mcruntime.signature import verify_signature
+from mcruntime.tensorrt import TensorRTRunner
 
 WARM_UP_RUNS = 3  # after the self-test, of one image
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -51,10 +52,7 @@ def run(
         listener = stack.enter_context(_bind(host, port))  # before the models: a port in use is known at once
         models = []
         for bundle in _load_all(bundles, require_signature):
-            runner = OnnxRunner(
-                bundle.model_path, provider=provider, threads=threads, name=bundle.manifest.name, spinning=False
-            )
-            stack.enter_context(runner)
+            runner = stack.enter_context(_runner_of(bundle, provider, threads))
             print(_prove(bundle, runner), flush=True)
             models.append(_served(bundle, runner, max_batch_size, max_queue))
         app = App(models, max_body_bytes)
@@ -156,22 +154,30 @@ def _load_all(paths: Sequence[Path], require_signature: Path | None) -> list[Bun
     return list(bundles.values())
 
 
-def _prove(bundle: Bundle, runner: OnnxRunner) -> str:
+def _runner_of(bundle: Bundle, provider: Provider, threads: int | None) -> Runner:
+    name = bundle.manifest.name
+    if bundle.model.backend == "tensorrt":
+        return TensorRTRunner(bundle.model_path, name=name)
+    return OnnxRunner(bundle.model_path, provider=provider, threads=threads, name=name, spinning=False)
+
+
+def _prove(bundle: Bundle, runner: Runner) -> str:
     """Self-test and warm-up; returns one line for the user."""
     worst = bundle.selftest(runner)
     manifest, facts = bundle.manifest, runner.facts()
     _, height, width = manifest.input.shape
+    threads = f" with {facts['threads']} threads" if "threads" in facts else ""
     for _ in range(WARM_UP_RUNS):
         runner.infer(np.zeros((1, *manifest.input.shape), dtype=np.float32))
     return (
         f"{manifest.name}: bundle {manifest.id[:12]}, model {bundle.key}, {height} x {width} pixels, "
         f"{manifest.output.num_classes} classes, "
-        f"{facts['provider']} with {facts['threads']} threads, self-test off by {worst:.1e} "
+        f"{facts['provider']}{threads}, self-test off by {worst:.1e} "
         f"(at most {bundle.model.selftest_max_abs:.1e})"
     )
 
 
-def _served(bundle: Bundle, runner: OnnxRunner, max_batch_size: int, max_queue: int) -> ServedModel:
+def _served(bundle: Bundle, runner: Runner, max_batch_size: int, max_queue: int) -> ServedModel:
     manifest = bundle.manifest
     spec = ModelSpec(
         name=manifest.name,
