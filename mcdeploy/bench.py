@@ -13,7 +13,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from math import ceil
@@ -150,7 +150,7 @@ def compare_latency(
     run = _Run(runners, courses, seconds, until, warmup_seconds, min_rounds, providers or {}, progress, clock)
     machine, busy = describe_machine(), load_average_number()
     threads = threads or available_threads()
-    with pinned(threads) as affinity, gpu or nullcontext():
+    with pinned(threads) as affinity, ExitStack() as watching:
         machine["affinity"] = affinity
         sections_a_load = 1 if reload else MAX_SECTIONS
         for load in range(MAX_SECTIONS):
@@ -160,7 +160,8 @@ def compare_latency(
                 pending = [course for course in courses if not run.is_done(course)]
                 for course in pending:
                     run.warm_up(course, load)
-                if gpu and load == 0:
+                if gpu and load == 0:  # after the runners, whose errors say more
+                    watching.enter_context(gpu)
                     run.warm_gpu(gpu)
                 cost = clock() - start
                 if load == 0 and reload and cost > seconds * len(courses):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -626,9 +627,22 @@ def _progress(what: str) -> Iterator[Callable[[str, float], None]]:
 
 def _report(run: Path, shipped: Shipped, bench: BenchReport | None, command: str) -> None:
     from mcdeploy.checkpoint import load_checkpoint
-    from mcdeploy.report import write_run_report
+    from mcdeploy.report import models_section, write_run_report
 
-    manifest = shipped.bundle.manifest
+    manifest, folder = shipped.bundle.manifest, shipped.bundle.folder
+    made = {path.stem: json.loads(path.read_text()) for path in sorted((folder / "reports").glob("*.json"))}
+    models = {
+        key: {
+            **model.model_dump(mode="json"),
+            "agreement": shipped.agreements[key].top1_agreement,
+            "latency": [
+                f"batch {row.batch}: {row.p50_ms:.3g} [{row.low_ms:.3g}, {row.high_ms:.3g}]"
+                for row in manifest.latency
+                if row.model == key
+            ],
+        }
+        for key, model in manifest.models.items()
+    }
     write_run_report(
         run / REPORT,
         f"{manifest.name}: what mcdeploy did",
@@ -638,6 +652,7 @@ def _report(run: Path, shipped: Shipped, bench: BenchReport | None, command: str
         accuracy=(shipped.agreement.accuracy_before, shipped.agreement.accuracy_after),
         parity=[row.to_json() for row in shipped.parity],
         bench=bench,
+        models=models_section(models, made),
         provenance={"command": command, "bundle": manifest.id, **manifest.parents, **manifest.versions},
     )
 
@@ -879,8 +894,14 @@ def _extra(command: str, extra: str) -> Iterator[None]:
         raise MissingExtraError(command, str(error.name), extra) from None
 
 
+def _print_warning(message: Warning | str, *where: Any, **more: Any) -> None:
+    """Ours are sentences for the user, such as a cached engine that is not used; where in the code helps nobody."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
 def main() -> None:
     """Run a command; an expected error is printed alone and becomes the exit code."""
+    warnings.showwarning = _print_warning
     try:
         app()
     except McdeployError as error:

@@ -65,8 +65,13 @@ def write_run_report(
     parity: Sequence[Mapping[str, Any]],
     bench: BenchReport | None,
     provenance: Mapping[str, str],
+    models: str = "",
 ) -> None:
-    """The page of one run, from its files: ``metrics.jsonl``, the checkpoint's candidates, the certificate."""
+    """The page of one run, from its files: ``metrics.jsonl``, the checkpoint's candidates, the certificate.
+
+    Args:
+        models: HTML of ``models_section``.
+    """
     before = Topology.from_json(certificate["topology"])
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()] if metrics.exists() else []
     write_report(
@@ -82,6 +87,7 @@ def write_run_report(
             parity=parity,
             bench=bench,
             provenance=provenance,
+            more={"Models": models} if models else {},
         ),
     )
 
@@ -96,7 +102,7 @@ def render_report(data: ReportData) -> str:
         "Latency": _latency(data.bench) if data.bench else "",
         **data.more,
         "Certificate": _certificate(data.certificate) if data.certificate else "",
-        "Parity": _parity(data.parity),
+        "Parity": _hops(data.parity) + _parity(data.parity) if data.parity else "",
         "Where this comes from": html_table((), data.provenance.items()) if data.provenance else "",
     }
     body = "\n".join(f"<section><h2>{escape(head)}</h2>\n{text}</section>" for head, text in sections.items() if text)
@@ -331,9 +337,98 @@ def _certificate(certificate: Mapping[str, Any]) -> str:
     return "".join(parts)
 
 
+def models_section(models: Mapping[str, Mapping[str, Any]], made: Mapping[str, Mapping[str, Any]]) -> str:
+    """What was written, as read back from the files, and how int8 and fp16 came about; HTML.
+
+    Args:
+        models: by key, what ``manifest.json`` says of a model, with "agreement" (0..1) and "latency" beside it.
+        made: by precision, the report of a conversion (``Fp16Report.to_json``, ``Int8Report.to_json``).
+    """
+    heads = ("model", "file", "types of its nodes", "top-1", "agrees with the trained", "measured here, p50 ms")
+    rows = [
+        (
+            key,
+            model["file"],
+            "; ".join(
+                f"{op} {', '.join(f'{count} {kind}' for kind, count in kinds.items())}"
+                for op, kinds in sorted(model["nodes"].items())
+            ),
+            "-" if model["accuracy"] is None else f"{model['accuracy']:.2%}",
+            f"{model['agreement']:.2%}",
+            "; ".join(model["latency"]),
+        )
+        for key, model in models.items()
+    ]
+    parts = [html_table(heads, rows)]
+    if fp16 := made.get("fp16"):
+        kept = [(row["node"], row["operator"], row["why"], _number(row["peak"])) for row in fp16["kept"]]
+        said = (
+            f"fp16: nodes above {fp16['limit']:,.0f} on {fp16['num_images']} calibration images stay fp32: {len(kept)}."
+        )
+        parts.append(
+            f"<p>{escape(said)}</p>" + (html_table(("node", "operator", "what", "peak"), kept) if kept else "")
+        )
+    for name, int8 in made.items():
+        if name.startswith("int8"):
+            parts.append(_int8(name, int8))
+    return "".join(parts)
+
+
+def _int8(name: str, report: Mapping[str, Any]) -> str:
+    adds, all_adds = report["residual_adds"]
+    floats = [row for row in report["layers"] if row["runs_in"] != "int8"]
+    said = (
+        f"{name}: {len(report['layers']) - len(floats)} of {len(report['layers'])} layers in 8 bits, {adds} of "
+        f"{all_adds} additions among them; {len(report['excluded'])} left out for accuracy; top-1 "
+        f"{report['top1']:.2%} against {report['baseline_top1']:.2%}, allowed drop {report['max_top1_drop']:.2%}."
+    )
+    parts = [f"<p>{escape(said)}</p>"]
+    if floats:
+        parts.append(html_table(("stays fp32", "why"), [(row["node"], row["why"]) for row in floats]))
+    if report["groups"]:
+        rows = [
+            (row["shape"], "not timed" if row["ratio"] is None else "{:.2f} [{:.2f}, {:.2f}]".format(*row["ratio"]),
+             "int8" if row["quantised"] else "fp32")
+            for row in report["groups"]
+        ]  # fmt: skip
+        parts.append(html_table(("convolution in groups", "time in int8 against fp32", "chosen"), rows))
+    if report["sensitivity"]:
+        rows = [(row["node"], f"{row['snr_db']:.1f}", f"{row['top1_agreement']:.2%}") for row in report["sensitivity"]]
+        table = html_table(("this layer alone in 8 bits", "signal to noise of the logits, dB", "same class"), rows)
+        parts.append(f"<details><summary>Sensitivity, worst first ({len(rows)})</summary>{table}</details>")
+    return "".join(parts)
+
+
+def _hops(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The worst of every hop, where rows say which hop they are of."""
+    hops = list(dict.fromkeys(row["hop"] for row in rows if "p99" in row and "hop" in row))
+    worst = []
+    for hop in hops:
+        own = [row for row in rows if row.get("hop") == hop]
+        worst.append(
+            (
+                hop,
+                ", ".join(map(str, sorted({row["batch"] for row in own}))),
+                f"{max(row['max_abs'] for row in own):.1e}",
+                f"{max(row['p99'] for row in own):.1e}",
+                f"{min(row['cosine'] for row in own):.6f}",
+                f"{min(row['top1_agreement'] for row in own):.2%}",
+            )
+        )
+    heads = ("hop", "batches", "worst difference of a logit", "worst p99", "smallest cosine", "least agreement")
+    note = "<p>Differences are relative to the largest logit.</p>"
+    return html_table(heads, worst) + note if worst else ""
+
+
 def _parity(rows: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
         return ""
+    if len(rows) > 12:
+        return f"<details><summary>All {len(rows)} comparisons</summary>{_rows_of(rows)}</details>"
+    return _rows_of(rows)
+
+
+def _rows_of(rows: Sequence[Mapping[str, Any]]) -> str:
     heads = list(dict.fromkeys(key for row in rows for key in row))
     return html_table(
         [head.replace("_", " ") for head in heads], [[_cell(row.get(head, "")) for head in heads] for row in rows]

@@ -75,7 +75,7 @@ KINDS = "a run folder, a bundle folder, an .onnx or .pt2 file, or a timm model n
 
 @dataclass(frozen=True)
 class Target:
-    """One of ``module``, ``onnx`` and ``engine`` is given. ``labels`` and ``preprocessing`` when the target knows them."""
+    """One of ``module``, ``onnx`` and ``engine``; ``labels`` and ``preprocessing`` when the target knows them."""
 
     name: str
     module: nn.Module | None = None
@@ -196,7 +196,9 @@ def open_runner(
     name = f"{target.name} [{backend}]"
     if target.engine is not None:
         if backend != "tensorrt":
-            raise BackendError(f"{target.name}: is a TensorRT engine; ask for --backend tensorrt, or name another model")
+            raise BackendError(
+                f"{target.name}: is a TensorRT engine; ask for --backend tensorrt, or name another model"
+            )
         from mcruntime.tensorrt import TensorRTRunner
 
         return TensorRTRunner(target.engine, name=name)

@@ -200,7 +200,9 @@ def test_a_wrong_key_or_value_in_the_manifest_is_refused(folder, key, value):
 
 
 def test_a_parity_check_that_did_not_pass_is_refused_when_sealing_and_when_loading(folder):
-    failed = Parity(hop="fold", batch=1, images="noise", max_abs=1.0, p99=1.0, cosine=0.5, top1_agreement=0.0, passed=False)
+    failed = Parity(
+        hop="fold", batch=1, images="noise", max_abs=1.0, p99=1.0, cosine=0.5, top1_agreement=0.0, passed=False
+    )
     rewrite(folder, parity=[failed.model_dump()])
     assert "parity after 'fold' did not pass" in refusal(folder)
     with pytest.raises(BundleError, match="'fold' did not pass"):

@@ -19,7 +19,19 @@ from runs import short_recipe, write_recipe
 from mcdeploy import cli
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("demo", "train", "prune-export", "eval", "bench", "inspect", "serve", "package", "keygen", "doctor", "recipes")
+COMMANDS = (
+    "demo",
+    "train",
+    "prune-export",
+    "eval",
+    "bench",
+    "inspect",
+    "serve",
+    "package",
+    "keygen",
+    "doctor",
+    "recipes",
+)
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +223,7 @@ def cuda_on_a_machine_without(tmp_path, run):
 
 @wrong(2, "asked for provider cuda")
 def the_cuda_provider_on_a_machine_without(tmp_path, run):
-    return "bench", run / "bundle", "--backend", "cuda"
+    return "bench", run / "bundle", "--backend", "onnx-cuda"
 
 
 @wrong(2, "asked for device cuda")
@@ -269,9 +281,29 @@ def a_bundle_in_pytorch(tmp_path, run):
     return "bench", run / "bundle", "--backend", "pytorch"
 
 
-@wrong(2, "--precision fp16: not available")
-def a_precision_that_is_not_there_yet(tmp_path, run):
-    return "prune-export", run, "--precision", "fp16", "--out", tmp_path / "b"
+@wrong(2, "--precision fp8: not available; this version has fp32, fp16, int8")
+def a_precision_that_is_not_there(tmp_path, run):
+    return "prune-export", run, "--precision", "fp8", "--out", tmp_path / "b"
+
+
+@wrong(2, "--batch: batch: expected min <= opt <= max, got [8, 1, 32]")
+def batch_sizes_in_the_wrong_order(tmp_path, run):
+    return "prune-export", run, "--batch", 8, 1, 32, "--out", tmp_path / "b"
+
+
+@wrong(2, "mcdeploy[gpu]")
+def an_engine_without_tensorrt(tmp_path, run):
+    return "prune-export", run, "--backend", "tensorrt", "--out", tmp_path / "b"
+
+
+@wrong(2, "no such key file")
+def a_key_that_is_not_there(tmp_path, run):
+    return "prune-export", run, "--sign", tmp_path / "key", "--out", tmp_path / "b"
+
+
+@wrong(2, "has no model 'int8'; ask for fp32")
+def a_model_that_the_bundle_does_not_hold(tmp_path, run):
+    return "eval", f"{run / 'bundle'}@int8", "--data", "digits"
 
 
 @wrong(2, "exists and is not a bundle")
@@ -412,7 +444,9 @@ def test_a_promise_that_fails_leaves_the_old_program_and_bundle(tmp_path, finish
     code, _, error = mcdeploy(capsys, "prune-export", run)
     assert code == 1
     assert "allowed 1.0e-15" in error
-    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    left = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert json.loads(left.pop(run / "departure.json"))["hop"] == "compile", "what was compared, for whoever looks"
+    assert left == before
 
 
 def test_a_bench_slower_than_its_baseline_exits_with_1(tmp_path, finished, capsys):

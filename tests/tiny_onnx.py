@@ -88,7 +88,9 @@ def tiny_manifest(name: str = "tiny", size: int = 8, **changes: Any) -> Manifest
         "params": Change(before=32, after=16),
         "macs": Change(before=24, after=12),
         "parity": (
-            Parity(hop="onnx", batch=3, images="noise", max_abs=1e-7, p99=1e-8, cosine=1.0, top1_agreement=1.0, passed=True),
+            Parity(
+                hop="onnx", batch=3, images="noise", max_abs=1e-7, p99=1e-8, cosine=1.0, top1_agreement=1.0, passed=True
+            ),
         ),
         "seeds": {"train": 0},
     }

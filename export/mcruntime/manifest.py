@@ -105,7 +105,9 @@ class ModelFile(Section):
 
     @model_validator(mode="after")
     def _engine_fits_the_backend(self) -> ModelFile:
-        if (self.backend == "tensorrt") != (self.engine is not None) or self.file.endswith(".plan") != bool(self.engine):
+        if (self.backend == "tensorrt") != (self.engine is not None) or self.file.endswith(".plan") != bool(
+            self.engine
+        ):
             raise ValueError(f"{self.file}: a TensorRT engine is a .plan that says where it runs, and nothing else is")
         return self
 
@@ -172,7 +174,7 @@ class Manifest(Section):
 
     @property
     def id(self) -> str:
-        """sha256 of all of it but ``created`` and ``latency``: the same content has the same id, whenever it was made."""
+        """sha256 of all but ``created`` and ``latency``: the same content has the same id, whenever it was made."""
         tree = self.model_dump(mode="json", exclude={"created", "latency"})
         text = json.dumps(tree, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()

@@ -76,7 +76,9 @@ class OpenVINORunner:
             compiled = openvino.Core().compile_model(str(self._path), "CPU", asked)
         except Exception as error:  # openvino raises RuntimeError with a stack of C++ lines
             reason = (str(error).strip().splitlines() or [type(error).__name__])[-1][:200].rstrip(" .")
-            raise BackendError(f"{self._path}: OpenVINO cannot compile the model ({reason}); export it again") from error
+            raise BackendError(
+                f"{self._path}: OpenVINO cannot compile the model ({reason}); export it again"
+            ) from error
         self._facts = self._read_back(compiled, openvino.__version__)
         sizes = compiled.inputs[0].partial_shape
         self._shape = tuple(int(size.get_length()) if size.is_static else None for size in sizes)
@@ -114,9 +116,7 @@ class OpenVINORunner:
                 "use another release of it"
             )
         infos = [node.get_rt_info() for node in compiled.get_runtime_model().get_ordered_ops()]
-        kinds = Counter(
-            str(info["runtimePrecision"].value) for info in infos if str(info["layerType"].value) in HEAVY
-        )
+        kinds = Counter(str(info["runtimePrecision"].value) for info in infos if str(info["layerType"].value) in HEAVY)
         words = [f"{NAMES.get(kind, kind)} ({count} heavy layers)" for kind, count in kinds.most_common()]
         precision = NAMES.get(next(iter(kinds)), next(iter(kinds))) if len(kinds) == 1 else ", ".join(words)
         return {
