@@ -22,7 +22,7 @@ import mcdeploy
 from mcdeploy.compile.certify import scramble
 
 DROPPED = ("layer1.0", "layer1.1", "layer2.1", "layer2.2", "layer3.1", "layer3.2", "layer3.3", "layer3.4", "layer4.1")
-BATCHES, RUNS, SECONDS = (1, 8), 5, "10"
+BATCHES, RUNS, SECONDS = (1, 8), 5, "20"
 OPTIONS = ["--threads", "1", "--batch", "1", "--batch", "8", "--seconds", SECONDS]
 
 

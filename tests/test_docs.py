@@ -46,7 +46,15 @@ def test_no_page_waits_for_a_figure():
 
 
 def pages():
-    return sorted(path for path in [*ROOT.glob("*.md"), *ROOT.glob("export/*.md"), *ROOT.glob("recipes/**/*.md")])
+    return sorted(
+        path
+        for path in [
+            *ROOT.glob("*.md"),
+            *ROOT.glob("export/*.md"),
+            *ROOT.glob("recipes/**/*.md"),
+            *ROOT.glob("docs/*.md"),
+        ]
+    )
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda path: path.name)

@@ -15,8 +15,8 @@ LINE = [
     "connectivity.rules", "connectivity", "recipe", "data", "checkpoint", "model", "evaluate", "train",
     "compile.prune", "compile.fold", "compile.branches", "compile.certify", "compile.conditional",
     "compile.dynamic", "compile", "memory", "backends.onnx", "backends.readback", "backends.fp16",
-    "backends.int8", "backends.tensorrt", "departure", "backends.openvino", "backends.pytorch", "backends",
-    "verify", "intervals", "surroundings", "gpu_state", "bench_report", "bench", "bench_images", "profile",
+    "backends.int8", "backends.tensorrt", "backends.openvino", "backends.pytorch", "backends", "verify",
+    "departure", "intervals", "surroundings", "gpu_state", "bench_report", "bench", "bench_images", "profile",
     "forms", "package", "static", "draw", "report", "bench_page", "search", "targets", "demo", "doctor", "cli",
 ]  # fmt: skip
 
