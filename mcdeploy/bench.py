@@ -93,6 +93,12 @@ METHOD = {
         "section: locked, floating, or throttled. Energy: every runner alone for a second at the end, the GPU's own "
         "counter over the number of inferences, idle power included"
     ),
+    "l2": (
+        "a GPU's level-2 cache, in each runner's facts. warm: as the inference before it left it, so a small net's "
+        "weights may still be there. cold (--cold-l2): before the first event of every inference, twice the cache's "
+        "size is overwritten and waited for, so weights and images come from the GPU's memory; that is outside the "
+        "timed region, but inside host_p50_ms and the energy"
+    ),
     "memory": (
         "growth of the whole process's resident memory while the runner was first loaded (load) and while it warmed up "
         "at all batch sizes (run); libraries count for the first runner that needs them, and memory on a GPU not at all"

@@ -295,7 +295,7 @@ def _check_same_kind(report: BenchReport, baseline: BenchReport) -> None:
         )
     then_facts = {runner.name: runner.facts for runner in baseline.runners}
     for runner in report.runners:
-        for key in ("backend", "mode", "provider", "precision"):
+        for key in ("backend", "mode", "provider", "precision", "l2"):
             now, then = runner.facts.get(key), then_facts.get(runner.name, runner.facts).get(key)
             if now != then:
                 raise InputError(

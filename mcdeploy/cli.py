@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mcdeploy.data import Loaders
     from mcdeploy.package import Shipped
     from mcdeploy.profile import Profile
-    from mcdeploy.recipe import DataConfig, ExportConfig, Recipe
+    from mcdeploy.recipe import DataConfig, ExportConfig, ModelConfig, Recipe
     from mcdeploy.targets import Inspection, Target
     from mcdeploy.train import TrainResult
 
@@ -209,6 +209,13 @@ def bench(
     lock_clocks: Annotated[
         bool, typer.Option("--lock-clocks", help="Hold the GPU's clock at its maximum meanwhile; needs permission.")
     ] = False,
+    cold_l2: Annotated[
+        bool,
+        typer.Option(
+            "--cold-l2",
+            help="Overwrite the GPU's L2 cache before each inference (tensorrt, pytorch-cuda, compiled-cuda).",
+        ),
+    ] = False,
     profile: Annotated[
         bool, typer.Option("--profile", help="Also say where the time goes, by block (onnx and pytorch).")
     ] = False,
@@ -236,10 +243,10 @@ def bench(
     if data and not over_images:
         raise InputError("--data: bench takes noise unless --over-images says how many validation images to take")
     if over_images:
-        if baseline or image_size or batch != [1] or profile or markdown or html or lock_clocks:
+        if baseline or image_size or batch != [1] or profile or markdown or html or lock_clocks or cold_l2:
             raise InputError(
                 "--over-images: is for batch 1 and the data's image size, and knows no --baseline, --profile, "
-                "--markdown, --html or --lock-clocks"
+                "--markdown, --html, --lock-clocks or --cold-l2"
             )
         spread = _bench_over_images(targets, backend, over_images, data, threads)
         _print_table(spread.table())
@@ -250,7 +257,9 @@ def bench(
     allowed = _percent(fail_if_slower or "5%")
     earlier = read_report(baseline) if baseline else None
     share = _percent(until, "--until")
-    report = _bench(targets, backend, batch, seconds, threads, image_size, until=share, lock_clocks=lock_clocks)
+    report = _bench(
+        targets, backend, batch, seconds, threads, image_size, until=share, lock_clocks=lock_clocks, cold_l2=cold_l2
+    )
     _print_bench(report)
     profiles = _profiles(targets, backend, batch[0], threads, image_size) if profile else []
     if plot:
@@ -516,6 +525,13 @@ def _prune_export(
         from mcdeploy.package import Origin
         from mcdeploy.package import prune_export as make_bundle
     config = _export_config(recipe.export, changes)
+    if config.licence_weights is None:
+        config = config.model_copy(update={"licence_weights": _licence_of(recipe.model)})
+    if "tensorrt" in config.backend:  # before the work rather than after it
+        from mcruntime.gpu import describe_device, load_tensorrt
+
+        load_tensorrt()
+        describe_device()
     if sign is not None and not sign.is_file():
         raise InputError(f"--sign {sign}: no such key file; 'mcdeploy keygen' makes one")
     loaders = _loaders_of(_data_config(recipe.data, data))
@@ -569,6 +585,13 @@ def _prune_export(
             f"class for {cut.top1_agreement:.2%} of {cut.images} images"
         )
     return shipped
+
+
+def _licence_of(config: ModelConfig) -> str | None:
+    """What timm says of its own weights, where the training started from them."""
+    import timm
+
+    return timm.get_pretrained_cfg(config.backbone).license if config.pretrained else None
 
 
 def _export_config(own: ExportConfig, changes: dict[str, Any]) -> ExportConfig:
@@ -744,6 +767,7 @@ def _bench(
     *,
     until: float = 0.02,
     lock_clocks: bool = False,
+    cold_l2: bool = False,
 ) -> BenchReport:
     with _extra("mcdeploy bench", "train"):
         from mcdeploy.targets import BACKENDS, measure
@@ -758,6 +782,7 @@ def _bench(
         image_size=image_size,
         until=until,
         lock_clocks=lock_clocks,
+        cold_l2=cold_l2,
     )
 
 

@@ -69,6 +69,7 @@ PROVIDER_OF = {
     "pytorch-cuda": "cuda",
     "compiled-cuda": "cuda",
 }
+DEVICE_TIMED = ("tensorrt", "pytorch-cuda", "compiled-cuda")  # by the GPU's own clock
 ONNX_PROVIDERS: dict[str, Provider] = {"onnx": "cpu", "onnx-cuda": "cuda", "onnx-tensorrt": "tensorrt"}
 KINDS = "a run folder, a bundle folder, an .onnx or .pt2 file, or a timm model name"
 
@@ -183,12 +184,14 @@ def open_runner(
     image_size: int,
     threads: int | None,
     batches: Sequence[int] = (1,),
+    cold_l2: bool = False,
 ) -> Runner:
     """A runner on the backend that was asked for, not yet entered. A module is exported first where ONNX is needed.
 
     Args:
         stack: owns the temporary folder of such an export.
         batches: what will be run; TensorRT engines are built for these, and tuned for the largest.
+        cold_l2: of the backends in ``DEVICE_TIMED``: overwrite the GPU's L2 cache before every timed inference.
 
     Raises:
         BackendError: the target has no form for that backend, or TensorRT could not build it.
@@ -201,7 +204,7 @@ def open_runner(
             )
         from mcruntime.tensorrt import TensorRTRunner
 
-        return TensorRTRunner(target.engine, name=name)
+        return TensorRTRunner(target.engine, name=name, cold_l2=cold_l2)
     if backend in ONNX_PROVIDERS or backend in ("openvino", "tensorrt"):
         path = _onnx_of(target, stack, image_size)
         if backend == "openvino":
@@ -210,7 +213,7 @@ def open_runner(
             return OpenVINORunner(path, name=name, threads=threads)
         span = (min(batches), max(batches), max(batches))
         if backend == "tensorrt":
-            return _native_tensorrt(path, name, span)
+            return _native_tensorrt(path, name, span, cold_l2)
         return OnnxRunner(path, name=name, provider=ONNX_PROVIDERS[backend], threads=threads, batches=span)
     if target.module is None:
         raise BackendError(f"{target.name}: has no PyTorch form; give the run folder or its compiled.pt2 for {backend}")
@@ -220,6 +223,7 @@ def open_runner(
         mode="compiled" if backend.startswith("compiled") else "eager",
         device="cuda" if backend.endswith("-cuda") else "cpu",
         threads=threads,
+        cold_l2=cold_l2,
     )
 
 
@@ -233,7 +237,7 @@ def _onnx_of(target: Target, stack: ExitStack, image_size: int) -> Path:
     return path
 
 
-def _native_tensorrt(path: Path, name: str, batches: tuple[int, int, int]) -> Runner:
+def _native_tensorrt(path: Path, name: str, batches: tuple[int, int, int], cold_l2: bool) -> Runner:
     from mcruntime.tensorrt import TensorRTRunner
 
     from mcdeploy.backends.readback import precision_of, read_facts
@@ -242,7 +246,7 @@ def _native_tensorrt(path: Path, name: str, batches: tuple[int, int, int]) -> Ru
     asked = precision_of(read_facts(path).nodes).split()[0]
     precision: Literal["fp32", "fp16", "int8"] = "fp16" if asked == "fp16" else "int8" if asked == "int8" else "fp32"
     plan, _ = cached_engine(path, EngineOptions(batches=batches), precision=precision)
-    return TensorRTRunner(plan, name=name)
+    return TensorRTRunner(plan, name=name, cold_l2=cold_l2)
 
 
 def _with_precision(report: BenchReport, runners: Sequence[tuple[Runner, Backend, Path | None]]) -> BenchReport:
@@ -273,18 +277,25 @@ def measure(
     image_size: int | None = None,
     until: float = 0.02,
     lock_clocks: bool = False,
+    cold_l2: bool = False,
 ) -> BenchReport:
     """Time every target on every backend against the first, on noise, with interleaved rounds; see ``bench``.
 
     The facts of an ONNX file in ONNX Runtime say in which type its heavy nodes run after the runtime's own passes.
 
     Raises:
-        InputError: the targets disagree on the image size, or none of them says one.
+        InputError: the targets disagree on the image size, or none of them says one; a GPU's clock or cache shall be
+            held where a backend has none.
         BackendError: a target has no form for a backend, or the machine lacks it.
     """
     on_gpu = any(PROVIDER_OF[as_backend(backend)] != "cpu" for backend in backends)
     if lock_clocks and not on_gpu:
         raise InputError("--lock-clocks: holds a GPU's clock, but no backend runs on a GPU; name one, or leave it out")
+    if cold_l2 and (others := sorted({*backends} - {*DEVICE_TIMED})):
+        raise InputError(
+            f"--cold-l2: empties a GPU's cache between inferences that the GPU itself times, and the host times "
+            f"{', '.join(others)}; ask for {', '.join(DEVICE_TIMED)} alone, or leave it out"
+        )
     sizes = {target.image_size for target in targets if target.image_size} if image_size is None else {image_size}
     if len(sizes) != 1:
         found = ", ".join(f"{target.name}: {target.image_size or 'unknown'}" for target in targets)
@@ -300,7 +311,9 @@ def measure(
                 needs_file = target.engine is None and ("onnx" in backend or target.module is None)
                 path = _onnx_of(target, stack, size) if needs_file else None
                 here = target if path is None else replace(target, onnx=path)
-                runner = open_runner(here, backend, stack, image_size=size, threads=threads, batches=batches)
+                runner = open_runner(
+                    here, backend, stack, image_size=size, threads=threads, batches=batches, cold_l2=cold_l2
+                )
                 opened.append((runner, backend, path))
         report = compare_latency(
             [runner for runner, _, _ in opened],

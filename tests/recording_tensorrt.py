@@ -133,6 +133,7 @@ class FakeCuda:
         self._machine, self._gpu, self._capability = machine, gpu, capability
         self.fail: dict[str, Any] = {}  # name of a call -> the error code it answers
         self.num_gpus = 1
+        self.l2_bytes = 4096
 
     def __getattr__(self, name: str) -> Any:
         real = getattr(real_cuda, name)  # AttributeError where cuda-python has no such name
@@ -162,6 +163,11 @@ class FakeCuda:
     def _cudaGetDeviceProperties(self, index: int) -> Any:
         major, minor = self._capability
         return SimpleNamespace(name=self._gpu.encode(), major=major, minor=minor)
+
+    def _cudaDeviceGetAttribute(self, attribute: Any, index: int) -> int:
+        assert attribute == real_cuda.cudaDeviceAttr.cudaDevAttrL2CacheSize
+        assert 0 <= index < self.num_gpus
+        return self.l2_bytes
 
     def _cudaDriverGetVersion(self) -> int:
         return 13010
@@ -200,6 +206,11 @@ class FakeCuda:
         assert self._machine.alive[source].startswith(there)
         assert num_bytes <= min(len(self._machine.memory[to]), len(self._machine.memory[source]))
         self._machine.submit(lambda: ctypes.memmove(to, source, num_bytes))
+
+    def _cudaMemsetAsync(self, to: int, value: int, num_bytes: int, stream: Handle) -> None:
+        assert self._machine.alive[to].startswith("gpu")
+        assert num_bytes <= len(self._machine.memory[to])
+        self._machine.submit(lambda: ctypes.memset(to, value, num_bytes))
 
     def _cudaEventCreate(self) -> Handle:
         return self._machine.handle("event")

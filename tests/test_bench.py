@@ -470,6 +470,12 @@ def test_a_ratio_whose_interval_reaches_the_allowed_one_passes(clock):
             ),
             "big: the baseline has backend fake, this report x",
         ),
+        (
+            lambda report: replace(
+                report, runners=tuple(replace(runner, facts=runner.facts | {"l2": "cold"}) for runner in report.runners)
+            ),
+            "big: the baseline has l2 None, this report cold",
+        ),
         (lambda report: replace(report, latencies=(replace(report.latencies[1], batch=9),)), "no small at batch 9"),
         (
             lambda report: replace(report, latencies=(replace(report.latencies[1], timed="device"),)),

@@ -231,6 +231,22 @@ def torch_on_cuda_on_a_machine_without(tmp_path, run):
     return "bench", run, "--backend", "pytorch-cuda"
 
 
+@wrong(2, "--cold-l2: empties a GPU's cache between inferences that the GPU itself times, and the host times onnx; ask")
+def a_cold_gpu_cache_on_the_cpu(tmp_path, run):
+    return "bench", run / "bundle", "--backend", "onnx", "--cold-l2", "--json", tmp_path / "b.json"
+
+
+@wrong(2, "the host times onnx-cuda, onnx-tensorrt; ask for tensorrt, pytorch-cuda, compiled-cuda alone")
+def a_cold_gpu_cache_with_a_backend_that_the_host_times(tmp_path, run):
+    gpu = ("tensorrt", "onnx-tensorrt", "onnx-cuda")
+    return "bench", run / "bundle", *(word for name in gpu for word in ("--backend", name)), "--cold-l2"
+
+
+@wrong(2, "asked for device cuda")
+def a_cold_gpu_cache_on_a_machine_without_a_gpu(tmp_path, run):
+    return "bench", run, "--backend", "pytorch-cuda", "--cold-l2"
+
+
 @wrong(2, "damaged or truncated")
 def a_truncated_checkpoint(tmp_path, run):
     path = Path(shutil.copytree(run, tmp_path / "copy")) / "checkpoint.safetensors"
@@ -447,6 +463,23 @@ def test_a_promise_that_fails_leaves_the_old_program_and_bundle(tmp_path, finish
     left = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     assert json.loads(left.pop(run / "departure.json"))["hop"] == "compile", "what was compared, for whoever looks"
     assert left == before
+
+
+@pytest.mark.parametrize("words", [("--cold-l2",), ()])
+def test_a_cold_gpu_cache_is_asked_of_the_runners(finished, monkeypatch, capsys, words):
+    from mcdeploy import targets
+    from mcdeploy.errors import BackendError
+
+    asked = []
+
+    def stop(module, **options):
+        asked.append(options["cold_l2"])
+        raise BackendError("no further")
+
+    monkeypatch.setattr(targets, "TorchRunner", stop)
+    code, _, error = mcdeploy(capsys, "bench", finished, "--backend", "pytorch-cuda", *words)
+    assert (code, error) == (2, "error: no further\n")
+    assert asked == [bool(words)]
 
 
 def test_a_bench_slower_than_its_baseline_exits_with_1(tmp_path, finished, capsys):

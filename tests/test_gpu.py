@@ -186,6 +186,23 @@ def test_onnxruntimes_providers_run_every_node_and_answer_as_pytorch(net, fp32, 
         verify(torch_runner, runner, pixels(), hop=provider, max_abs=1e-4 if exact else 1e-2)
 
 
+def test_runners_with_a_cold_cache_answer_as_warm_ones_and_are_timed_on_the_devices_clock(net, plans):
+    def pair(cold_l2):
+        return (
+            TensorRTRunner(plans / "fp32.plan", name="tensorrt", cold_l2=cold_l2),
+            TorchRunner(net, name="torch", device="cuda", cold_l2=cold_l2),
+        )
+
+    for warm, cold in zip(pair(False), pair(True), strict=True):
+        with warm, cold:
+            assert (warm.facts()["l2"], cold.facts()["l2"]) == ("warm", "cold")
+            cold.time_on_device(pixels(8))
+            np.testing.assert_allclose(warm.infer(pixels(8)), cold.infer(pixels(8)), atol=1e-5)
+    report = compare_latency(pair(True), {8: pixels(8)}, seconds=1)
+    assert {row.timed for row in report.latencies} == {"device"}
+    assert [runner.facts["l2"] for runner in report.runners] == ["cold", "cold"]
+
+
 def test_bench_times_engines_on_the_devices_clock(plans):
     report = compare_latency(
         [TensorRTRunner(plans / "fp32.plan"), TensorRTRunner(plans / "fp16.plan")],

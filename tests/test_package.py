@@ -180,3 +180,10 @@ def test_a_bundle_is_served_without_torch(shipped):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "True"
+
+
+def test_the_licence_of_timms_weights_goes_into_the_manifest_and_only_theirs():
+    from mcdeploy.recipe import ModelConfig
+
+    assert cli._licence_of(ModelConfig(backbone="resnet50", pretrained=True)) == "apache-2.0"
+    assert cli._licence_of(ModelConfig(backbone="resnet50")) is None

@@ -1,7 +1,8 @@
 """A fault planted at each hop is caught there and named: not later, not in silence, and nothing is shipped.
 
-Two more have their own tests: a provider that falls back (``test_engine``) and a wrong engine in the cache
-(``test_tensorrt``); they are called from here too, so that the list is whole.
+Two more are planted elsewhere: a provider that falls back, in
+``test_engine.test_a_provider_that_fell_back_to_the_cpu_is_an_error``, and a wrong engine in the cache, in
+``test_tensorrt.test_a_cache_entry_that_is_wrong_is_named_and_built_again``.
 """
 
 import json

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -225,8 +226,10 @@ class PretendCuda:
     type = "cuda"
 
 
-def test_device_time_is_between_two_events_around_the_model_alone(module, monkeypatch):
-    done = []
+@pytest.fixture
+def pretend_gpu(module, monkeypatch):
+    """What a module on a pretended GPU did, in order; and the size of that GPU's L2 cache, to be changed."""
+    done, properties = [], SimpleNamespace(L2_cache_size=1000)
 
     class Event:
         def __init__(self, enable_timing):
@@ -253,12 +256,66 @@ def test_device_time_is_between_two_events_around_the_model_alone(module, monkey
         return real_to(tensor, device, *args, **kwargs)
 
     monkeypatch.setattr(torch.Tensor, "to", pretend_to)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    real_zero = torch.Tensor.zero_
+
+    def pretend_zero(tensor):
+        done.append(f"overwrite {tensor.nbytes} bytes")
+        return real_zero(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "zero_", pretend_zero)
     module[0].register_forward_hook(lambda *_: done.append("model"))
+    return done, properties
+
+
+def test_device_time_is_between_two_events_around_the_model_alone(module, pretend_gpu, monkeypatch):
+    done, _ = pretend_gpu
     with TorchRunner(module, name="net", threads=1) as runner:
         monkeypatch.setattr(runner, "_device", PretendCuda())
         assert runner.time_on_device(images_of(1)) == 1.25
         monkeypatch.undo()
     assert done == ["copy", "wait for the GPU", "record", "model", "record", "wait for the event"]
+
+
+def cold_runner(module, monkeypatch):
+    """A runner for a cold cache on the pretended GPU, which computes and keeps its buffers on the CPU."""
+    runner = TorchRunner(module, name="net", device="cuda", threads=1, cold_l2=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "pretended")
+    monkeypatch.setattr(runner, "_device", torch.device("cpu"))
+    return runner
+
+
+def test_for_a_cold_cache_twice_its_size_is_overwritten_and_waited_for_before_the_first_event(
+    module, pretend_gpu, monkeypatch
+):
+    done, properties = pretend_gpu
+    properties.L2_cache_size = 12_345
+    with cold_runner(module, monkeypatch) as runner:
+        monkeypatch.setattr(runner, "_device", PretendCuda())
+        assert runner.facts()["l2"] == "cold"
+        expected = ["copy", "overwrite 24690 bytes", "wait for the GPU", "record", "model", "record"]
+        for _ in range(2):
+            done.clear()
+            assert runner.time_on_device(images_of(1)) == 1.25
+            assert done == [*expected, "wait for the event"]
+        done.clear()
+        runner.infer(images_of(1))
+        assert done == ["copy", "model"]
+        monkeypatch.undo()
+
+
+def test_a_gpu_that_does_not_say_how_large_its_cache_is_cannot_be_measured_cold(module, pretend_gpu, monkeypatch):
+    pretend_gpu[1].L2_cache_size = 0
+    with pytest.raises(BackendError, match="does not say how large its L2 cache is"):
+        cold_runner(module, monkeypatch).__enter__()
+
+
+def test_the_cpus_caches_are_not_said_to_be_cold(module):
+    with pytest.raises(InputError, match="caches cannot be emptied"):
+        TorchRunner(module, name="net", cold_l2=True)
+    with TorchRunner(module, name="net", threads=1) as runner:
+        assert "l2" not in runner.facts()
 
 
 @pytest.mark.gpu

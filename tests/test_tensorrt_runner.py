@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import sys
 import threading
+from contextlib import ExitStack
 
 import cuda.bindings
 import numpy as np
@@ -22,6 +23,7 @@ from tiny_onnx import expected_logits, some_images, write_model
 
 from mcdeploy.backends.tensorrt import EngineOptions, build_engine
 from mcdeploy.bench import DeviceTimer
+from mcdeploy.targets import Target, open_runner
 
 OPTIONS = EngineOptions(batches=(1, 2, 4))
 HERE = Device(0, "NVIDIA L4", "8.9", "580.65.06 (CUDA 13.0)")
@@ -164,6 +166,67 @@ def test_the_devices_time_is_between_two_events_around_the_launch_alone(plan, fa
     first, last = names.index("EventRecord"), len(names) - names[::-1].index("EventRecord") - 1
     assert names[first - 1] == "StreamSynchronize"  # the copy is done
     assert names[first : last + 2] == ["EventRecord", "GraphLaunch", "EventRecord", "EventSynchronize"]
+
+
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+def test_for_a_cold_cache_twice_its_size_is_overwritten_and_waited_for_before_the_first_event(plan, fakes, cuda_graphs):
+    _, cuda, machine = fakes
+    cuda.l2_bytes = 12_345
+    with TensorRTRunner(plan, cold_l2=True, cuda_graphs=cuda_graphs) as runner:
+        assert runner.facts()["l2"] == "cold"
+        for _ in range(2):
+            machine.calls.clear()
+            assert runner.time_on_device(some_images(2)) == 1.25
+            first = next(i for i, call in enumerate(machine.calls) if "EventRecord" in call)
+            copy, flush, wait = machine.calls[first - 3 : first]
+            assert "HostToDevice" in copy
+            assert flush.startswith("cudaMemsetAsync(gpu")
+            assert flush.endswith(", 0, 24690, stream0)")
+            assert wait == "cudaStreamSynchronize(stream0)"
+            assert sum("Memset" in call for call in machine.calls) == 1
+        machine.calls.clear()
+        np.testing.assert_allclose(runner.infer(some_images(2)), expected_logits(some_images(2)), atol=1e-6)
+        assert not any("Memset" in call for call in machine.calls)
+    assert machine.alive == {}
+
+
+@pytest.mark.parametrize("cold_l2", [True, False])
+def test_a_cold_cache_asked_of_a_target_reaches_a_given_engine_and_one_that_is_built_for_it(
+    plan, tmp_path, monkeypatch, cold_l2
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for target in (Target("given", engine=plan), Target("built", onnx=tmp_path / "tiny.onnx")):
+        with (
+            ExitStack() as stack,
+            open_runner(target, "tensorrt", stack, image_size=8, threads=1, cold_l2=cold_l2) as runner,
+        ):
+            assert runner.facts()["l2"] == ("cold" if cold_l2 else "warm")
+
+
+def test_a_warm_cache_is_left_alone(plan, fakes):
+    fakes[2].calls.clear()
+    with TensorRTRunner(plan) as runner:
+        assert runner.facts()["l2"] == "warm"
+        runner.time_on_device(some_images(2))
+    assert not any("Memset" in call or "DeviceGetAttribute" in call for call in fakes[2].calls)
+
+
+def test_a_gpu_that_does_not_say_how_large_its_cache_is_cannot_be_measured_cold(plan, fakes):
+    fakes[1].l2_bytes = 0
+    with pytest.raises(BackendError, match="does not say how large its L2 cache is"):
+        TensorRTRunner(plan, cold_l2=True).__enter__()
+    assert fakes[2].alive == {}
+
+
+@pytest.mark.parametrize("call", ["cudaDeviceGetAttribute", "cudaMemsetAsync"])
+def test_a_cache_that_cannot_be_emptied_is_an_error_not_a_time(plan, fakes, call):
+    fakes[1].fail[call] = error_code()
+    with (
+        pytest.raises(BackendError, match=r"L2 cache \(cudaErrorIllegalAddress"),
+        TensorRTRunner(plan, cold_l2=True) as runner,
+    ):
+        runner.time_on_device(some_images(2))
+    fakes[1].fail.clear()
 
 
 @pytest.mark.parametrize("batch", [1, 5])

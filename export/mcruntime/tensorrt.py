@@ -276,9 +276,18 @@ class _Loaded:
     """
 
     def __init__(
-        self, trt: Any, cudart: Any, content: bytes, *, name: str, lean_runtime: Path | None, cuda_graphs: bool
+        self,
+        trt: Any,
+        cudart: Any,
+        content: bytes,
+        *,
+        name: str,
+        lean_runtime: Path | None,
+        cuda_graphs: bool,
+        cold_l2_on: int | None,
     ) -> None:
         self._trt, self._cudart, self._name, self._cuda_graphs = trt, cudart, name, cuda_graphs
+        self._cold_l2_on = cold_l2_on  # number of the GPU; None: the L2 cache stays as it is
         self._ready: dict[int, _Ready] = {}
         self._stack = ExitStack()
         with self._stack:
@@ -333,7 +342,10 @@ class _Loaded:
         """Milliseconds between two events around one inference, with nothing else on the GPU's stream."""
         cudart, stream = self._cudart, self._stream
         self._ready_for(batch)
-        self._wait()
+        if self._flush_size:
+            flushed = cudart.cudaMemsetAsync(self._flush, 0, self._flush_size, stream)
+            checked(cudart, flushed, "overwrite the L2 cache")
+        self._wait()  # also for that, else the launch would hide behind it and look faster than with a warm cache
         checked(cudart, cudart.cudaEventRecord(self._start, stream), "record an event")
         self.launch(batch)
         checked(cudart, cudart.cudaEventRecord(self._end, stream), "record an event")
@@ -371,10 +383,22 @@ class _Loaded:
         self._images, self._logits = self._on_gpu(num_pixels * 4), self._on_gpu(num_logits * 4)
         self._scratch_bytes = max(int(self._engine.device_memory_size_v2), 256)  # CUDA has no empty memory
         self._scratch = self._on_gpu(self._scratch_bytes)
+        self._flush_size = 0 if self._cold_l2_on is None else 2 * self._l2_bytes(self._cold_l2_on)
+        self._flush = self._on_gpu(self._flush_size) if self._flush_size else 0
         self._host_images_at, self._host_logits_at = self._pinned(num_pixels * 4), self._pinned(num_logits * 4)
         self._host_images = floats_at(self._host_images_at, num_pixels)
         self._host_logits = floats_at(self._host_logits_at, num_logits)
         self._host_images[:] = 0  # what the first run of a batch size may find there
+
+    def _l2_bytes(self, number: int) -> int:
+        cudart = self._cudart
+        answer = cudart.cudaDeviceGetAttribute(cudart.cudaDeviceAttr.cudaDevAttrL2CacheSize, number)
+        size = int(checked(cudart, answer, "read the size of the L2 cache"))
+        if size < 1:
+            raise BackendError(
+                f"{self._name}: this GPU does not say how large its L2 cache is; measure with a warm one"
+            )
+        return size
 
     def _event(self) -> Any:
         cudart = self._cudart
@@ -476,6 +500,8 @@ class TensorRTRunner:
             decide for each image what to run.
         lean_runtime: the lean runtime library of the TensorRT that built a version-compatible engine, where another
             version is installed here. It is loaded into this process: take it from NVIDIA's package.
+        cold_l2: ``time_on_device`` first overwrites twice the size of the GPU's L2 cache, so that weights and images
+            come from the GPU's memory.
     """
 
     def __init__(
@@ -486,12 +512,14 @@ class TensorRTRunner:
         device: int = 0,
         cuda_graphs: bool = True,
         lean_runtime: Path | str | None = None,
+        cold_l2: bool = False,
     ) -> None:
         self._path = Path(path)
         self._name = name or self._path.stem
         self._number = device
         self._cuda_graphs = cuda_graphs
         self._lean_runtime = None if lean_runtime is None else Path(lean_runtime)
+        self._cold_l2 = cold_l2
         self._lock = threading.Lock()
         self._loaded: _Loaded | None = None
         self._facts: dict[str, str] = {}
@@ -520,6 +548,7 @@ class TensorRTRunner:
             name=self._name,
             lean_runtime=self._lean_runtime if trt.__version__ != facts.tensorrt else None,
             cuda_graphs=self._cuda_graphs,
+            cold_l2_on=self._number if self._cold_l2 else None,
         )
         smallest, _, largest = loaded.shapes.batches
         self._facts = {
@@ -530,6 +559,7 @@ class TensorRTRunner:
             "tf32": "on" if facts.tf32 else "off",
             "batches": f"{smallest} to {largest}",
             "cuda graphs": "on" if self._cuda_graphs else "off",
+            "l2": "cold" if self._cold_l2 else "warm",
             "gpu": device.name,
             "driver": device.driver,
             "tensorrt": str(trt.__version__),
@@ -562,7 +592,8 @@ class TensorRTRunner:
     def time_on_device(self, images: NDArray[np.float32]) -> float | None:
         """Milliseconds that one inference takes between two CUDA events, without the copies.
 
-        The images are on the GPU before the first event, and nothing else is queued.
+        The images are on the GPU before the first event, and nothing else is queued; with ``cold_l2`` its L2 cache has
+        been overwritten by then.
 
         Raises:
             InputError, BackendError, ParityError: as ``infer``.

@@ -34,9 +34,11 @@ class TorchRunner:
         name: for tables and messages.
         mode: "compiled" is ``torch.compile``, one graph for every batch size and no graph breaks.
         threads: of one inference on the CPU; None: ``available_threads()``.
+        cold_l2: ``time_on_device`` first overwrites twice the size of the GPU's L2 cache, so that weights and images
+            come from the GPU's memory. CUDA only.
 
     Raises:
-        InputError: an unknown mode or device, or fewer than 1 thread.
+        InputError: an unknown mode or device, fewer than 1 thread, or a cold L2 cache without a GPU.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class TorchRunner:
         mode: Literal["eager", "compiled"] = "eager",
         device: Literal["cpu", "cuda"] = "cpu",
         threads: int | None = None,
+        cold_l2: bool = False,
     ) -> None:
         if mode not in ("eager", "compiled"):
             raise InputError(f"{name}: unknown mode {mode!r}; valid are eager, compiled")
@@ -54,11 +57,17 @@ class TorchRunner:
             raise InputError(f"{name}: unknown device {device!r}; valid are cpu, cuda")
         if threads is not None and threads < 1:
             raise InputError(f"{name}: threads: expected at least 1, got {threads}")
+        if cold_l2 and device != "cuda":
+            raise InputError(
+                f"{name}: cold_l2: the CPU's caches cannot be emptied; ask for device cuda, or leave it out"
+            )
         self._module = module
         self._name = name
         self._mode = mode
         self._device = torch.device(device)
         self._threads = threads or available_threads()
+        self._cold_l2 = cold_l2
+        self._flush_bytes: Tensor | None = None  # overwritten to empty the L2 cache
         self._model: Any = None
         self._before: tuple[int, bool, bool] | None = None  # torch's threads, TF32 of convolutions and of matmul
 
@@ -70,7 +79,8 @@ class TorchRunner:
         """Copy the module to its device.
 
         Raises:
-            BackendError: CUDA was asked for and is not there, or torch.compile is switched off.
+            BackendError: CUDA was asked for and is not there, torch.compile is switched off, or the L2 cache shall be
+                cold and its size is not known.
         """
         if self._device.type == "cuda" and not torch.cuda.is_available():
             raise BackendError(
@@ -86,8 +96,10 @@ class TorchRunner:
                 "unset TORCH_COMPILE_DISABLE and TORCHDYNAMO_DISABLE, or ask for eager"
             )
         model = copy.deepcopy(self._module).to(device=self._device, dtype=torch.float32).eval()
+        flush_bytes = self._allocate_flush() if self._cold_l2 else None
         # A graph break or a 9th batch size would fall back to eager in silence; fullgraph makes both an error.
         self._model = torch.compile(model, fullgraph=True, dynamic=False) if self._mode == "compiled" else model
+        self._flush_bytes = flush_bytes
         backends = torch.backends
         self._before = (torch.get_num_threads(), backends.cudnn.allow_tf32, backends.cuda.matmul.allow_tf32)
         if self._device.type == "cuda":
@@ -95,7 +107,7 @@ class TorchRunner:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._model = None
+        self._model = self._flush_bytes = None
         if self._before is not None:
             threads, conv_tf32, matmul_tf32 = self._before
             torch.set_num_threads(threads)
@@ -113,7 +125,8 @@ class TorchRunner:
     def time_on_device(self, images: NDArray[np.float32]) -> float | None:
         """Milliseconds that one inference takes on the GPU, between two CUDA events; None when this runs on the CPU.
 
-        The images are on the GPU before the first event, and nothing else is queued. What lies between the events is
+        The images are on the GPU before the first event, and nothing else is queued; with ``cold_l2`` its L2 cache has
+        been overwritten by then. What lies between the events is
         the model alone: no copies, but with gaps wherever the host launches kernels more slowly than the GPU runs
         them.
 
@@ -125,6 +138,8 @@ class TorchRunner:
         images_BCHW = self._to_tensor(images).to(self._device)
         start = torch.cuda.Event(enable_timing=True)
         end = torch.cuda.Event(enable_timing=True)
+        if self._flush_bytes is not None:
+            self._flush_bytes.zero_()
         torch.cuda.synchronize(self._device)
         start.record()
         logits_BN = self._run(images_BCHW)
@@ -149,8 +164,21 @@ class TorchRunner:
             "python": platform.python_version(),
         }
         if self._device.type == "cuda":
-            facts |= {"gpu": torch.cuda.get_device_name(self._device), "cuda": str(torch.version.cuda), "tf32": "off"}
+            facts |= {
+                "gpu": torch.cuda.get_device_name(self._device),
+                "cuda": str(torch.version.cuda),
+                "tf32": "off",
+                "l2": "cold" if self._cold_l2 else "warm",
+            }
         return facts
+
+    def _allocate_flush(self) -> Tensor:
+        size = int(torch.cuda.get_device_properties(self._device).L2_cache_size)
+        if size < 1:
+            raise BackendError(
+                f"{self._name}: this GPU does not say how large its L2 cache is; measure with a warm one"
+            )
+        return torch.empty(2 * size, dtype=torch.uint8, device=self._device)
 
     def _to_tensor(self, images: NDArray[np.float32]) -> Tensor:
         if self._model is None:
