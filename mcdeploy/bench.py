@@ -20,7 +20,8 @@ from math import ceil
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
-from mcruntime.engine import Runner, available_threads
+from mcruntime.cgroup import available_threads
+from mcruntime.engine import Runner
 from numpy.typing import NDArray
 
 from mcdeploy.bench_report import ENOUGH_FOR_P99, BenchReport, Latency, Measured

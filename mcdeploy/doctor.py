@@ -25,9 +25,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from mcruntime.cgroup import ROOT, cpu_quota, memory_limit, read_text
+
 from mcdeploy.surroundings import describe_machine
 
-ROOT = Path("/")
 TIME_LIMIT_S = 60.0  # of one probe
 LOW_DISK_BYTES, LOW_MEMORY_BYTES = 2 << 30, 1 << 30
 EXTRAS = ("train", "cpu", "gpu", "openvino", "sign", "serve")
@@ -349,7 +350,7 @@ def _about_machine(root: Path) -> list[Row]:
 def _about_memory(root: Path) -> Row:
     sizes = {
         key: int(value.split()[0]) << 10
-        for key, _, value in (line.partition(":") for line in (_read(root / "proc/meminfo") or "").splitlines())
+        for key, _, value in (line.partition(":") for line in (read_text(root / "proc/meminfo") or "").splitlines())
         if key in ("MemTotal", "MemAvailable")
     }
     limit = memory_limit(root)
@@ -491,40 +492,6 @@ def answer_probe(name: str, *arguments: str) -> Answer:
 # -------------------------------------------------------------------------------------------------------- small change
 
 
-def cpu_quota(root: Path = ROOT) -> float | None:
-    """CPUs at a time that this process's cgroups allow, the strictest of them; None: no limit."""
-    found = []
-    for folder in cgroup_folders(root, "cpu"):
-        quota, _, period = (_read(folder / "cpu.max") or "").partition(" ")
-        if not quota:
-            quota, period = _read(folder / "cpu.cfs_quota_us") or "", _read(folder / "cpu.cfs_period_us") or ""
-        if quota.isdigit() and period.isdigit() and int(period):
-            found.append(int(quota) / int(period))
-    return min(found, default=None)
-
-
-def memory_limit(root: Path = ROOT) -> int | None:
-    """Bytes that this process's cgroups allow, the strictest of them; None: no limit."""
-    found = []
-    for folder in cgroup_folders(root, "memory"):
-        text = _read(folder / "memory.max") or _read(folder / "memory.limit_in_bytes") or ""
-        if text.isdigit() and int(text) < 1 << 60:  # version 1 writes a number near 2^63 for "none"
-            found.append(int(text))
-    return min(found, default=None)
-
-
-def cgroup_folders(root: Path, controller: str) -> list[Path]:
-    """This process's cgroup and those above it; a container may see its own as the top one."""
-    folders = []
-    for line in (_read(root / "proc/self/cgroup") or "").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers == "" or controller in controllers.split(","):  # version 2, or this controller of version 1
-            top = root / "sys/fs/cgroup" / (controller if controllers else "")
-            own = top / path.lstrip("/")
-            folders += [own, *(parent for parent in own.parents if parent.is_relative_to(top))]
-    return folders
-
-
 def _requirements() -> list[str]:
     try:
         return importlib.metadata.requires("mcdeploy") or []
@@ -572,13 +539,6 @@ def _size(num_bytes: int) -> str:
 
 def _text(value: bytes | str) -> str:
     return value.decode("utf-8", errors="replace") if isinstance(value, bytes) else value
-
-
-def _read(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return None
 
 
 if __name__ == "__main__":

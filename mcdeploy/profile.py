@@ -87,7 +87,7 @@ def profile_onnx(
         import onnxruntime
     except ImportError:
         raise MissingExtraError("a profile of an ONNX model", "onnxruntime", "cpu") from None
-    from mcruntime.engine import available_threads
+    from mcruntime.cgroup import available_threads
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or available_threads()

@@ -11,11 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mcruntime.engine import available_threads
+from mcruntime.cgroup import ROOT, available_threads, core_of, read_text
 
 from mcdeploy.errors import MissingExtraError
-
-ROOT = Path("/")
 
 
 def describe_machine(root: Path = ROOT) -> dict[str, str]:
@@ -124,15 +122,14 @@ def _one_a_core(allowed: set[int], count: int, root: Path) -> set[int]:
     """The highest-numbered CPUs, one a physical core: interrupts tend to land on the lowest."""
     chosen: dict[str, int] = {}
     for cpu in sorted(allowed, reverse=True):
-        siblings = _read(root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") or str(cpu)
-        chosen.setdefault(siblings, cpu)
+        chosen.setdefault(core_of(cpu, root), cpu)
     return set(list(chosen.values())[:count])
 
 
 def _governor(root: Path, cpus: set[int]) -> str:
     folder = root / "sys/devices/system/cpu"
-    found = {text for cpu in cpus if (text := _read(folder / f"cpu{cpu}/cpufreq/scaling_governor"))}
-    boost = _read(folder / "cpufreq/boost")
+    found = {text for cpu in cpus if (text := read_text(folder / f"cpu{cpu}/cpufreq/scaling_governor"))}
+    boost = read_text(folder / "cpufreq/boost")
     boosts = {"0": ", boost off", "1": ", boost on"}.get(boost or "", "")
     return ", ".join(sorted(found)) + boosts if found else "not readable (a virtual machine or container)"
 
@@ -140,26 +137,19 @@ def _governor(root: Path, cpus: set[int]) -> str:
 def _frequency(root: Path, cpus: set[int]) -> str:
     folder = root / "sys/devices/system/cpu"
     found = [
-        int(text) for cpu in cpus if (text := _read(folder / f"cpu{cpu}/cpufreq/scaling_cur_freq") or "").isdigit()
+        int(text) for cpu in cpus if (text := read_text(folder / f"cpu{cpu}/cpufreq/scaling_cur_freq") or "").isdigit()
     ]
     if found:
         low, high = min(found) / 1e6, max(found) / 1e6
         return f"{low:.2f} GHz" if high - low < 0.01 else f"{low:.2f} to {high:.2f} GHz"
-    lines = (_read(root / "proc/cpuinfo") or "").splitlines()
+    lines = (read_text(root / "proc/cpuinfo") or "").splitlines()
     said = [line.partition(":")[2].strip() for line in lines if line.startswith("cpu MHz")]
     return f"{float(said[0]) / 1e3:.2f} GHz, as /proc/cpuinfo says" if said else "not readable"
 
 
 def _cpu_model(cpuinfo: Path) -> str:
-    for line in (_read(cpuinfo) or "").splitlines():
+    for line in (read_text(cpuinfo) or "").splitlines():
         key, _, value = line.partition(":")
         if key.strip() == "model name":
             return value.strip()
     return platform.processor() or platform.machine()
-
-
-def _read(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return None

@@ -24,7 +24,8 @@ import timm
 import torch
 from google.protobuf.message import DecodeError
 from mcruntime.bundle import load_bundle, split_key
-from mcruntime.engine import OnnxRunner, Provider, Runner, available_threads
+from mcruntime.cgroup import available_threads
+from mcruntime.engine import OnnxRunner, Provider, Runner
 from mcruntime.preprocess import Preprocessing
 from rich.console import Console
 from rich.progress import Progress, track

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from mcruntime.engine import available_threads
+from mcruntime.cgroup import available_threads
 from onnx import TensorProto, helper, numpy_helper
 
 from mcdeploy import cli, doctor
@@ -24,9 +24,7 @@ from mcdeploy.doctor import (
     Diagnosis,
     Row,
     answer_probe,
-    cpu_quota,
     examine,
-    memory_limit,
     read_extras,
     run_probe,
 )
@@ -292,32 +290,6 @@ def machine(tmp_path, cgroup, files):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     return tmp_path
-
-
-def test_limits_of_a_container_are_read_in_both_versions_of_cgroups(tmp_path):
-    second = machine(
-        tmp_path / "2",
-        "0::/pod/app\n",
-        {"sys/fs/cgroup/pod/cpu.max": "150000 100000", "sys/fs/cgroup/pod/app/cpu.max": "max 100000",
-         "sys/fs/cgroup/pod/memory.max": str(2 << 30), "sys/fs/cgroup/pod/app/memory.max": "max"},
-    )  # fmt: skip
-    assert (cpu_quota(second), memory_limit(second)) == (1.5, 2 << 30)
-    first = machine(
-        tmp_path / "1",
-        "5:cpu,cpuacct:/app\n4:memory:/app\n",
-        {"sys/fs/cgroup/cpu,cpuacct/app/cpu.cfs_quota_us": "50000",
-         "sys/fs/cgroup/cpu,cpuacct/app/cpu.cfs_period_us": "100000",
-         "sys/fs/cgroup/cpu/app/cpu.cfs_quota_us": "50000", "sys/fs/cgroup/cpu/app/cpu.cfs_period_us": "100000",
-         "sys/fs/cgroup/memory/app/memory.limit_in_bytes": str(1 << 30),
-         "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712"},
-    )  # fmt: skip
-    assert (cpu_quota(first), memory_limit(first)) == (0.5, 1 << 30)
-    free = machine(
-        tmp_path / "0",
-        "4:memory:/\n0::/\n",
-        {"sys/fs/cgroup/cpu.max": "max 100000", "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712"},
-    )
-    assert (cpu_quota(free), memory_limit(free)) == (None, None)
 
 
 def test_the_rows_of_the_machine_say_quota_threads_and_memory(tmp_path):

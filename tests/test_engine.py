@@ -16,7 +16,8 @@ import onnx
 import onnxruntime
 import pytest
 from mcruntime import engine
-from mcruntime.engine import OnnxRunner, available_threads
+from mcruntime.cgroup import available_threads
+from mcruntime.engine import OnnxRunner
 from mcruntime.errors import BackendError, BundleError, InputError, MissingExtraError, ParityError
 from mcruntime.gpu import Device
 from onnx import TensorProto, helper
@@ -414,49 +415,6 @@ def test_without_onnxruntime_the_extra_to_install_is_named(model, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'mcdeploy\[cpu\]'"):
         OnnxRunner(model).__enter__()
-
-
-def machine(root, num_cpus=8, siblings=1, **files):
-    """A made-up /sys and /proc; ``siblings`` hardware threads share a core."""
-    for cpu in range(num_cpus):
-        topology = root / f"sys/devices/system/cpu/cpu{cpu}/topology"
-        topology.mkdir(parents=True)
-        first = cpu - cpu % siblings
-        (topology / "thread_siblings_list").write_text(f"{first}-{first + siblings - 1}\n")
-    for path, text in files.items():
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).write_text(text)
-    return root
-
-
-@pytest.mark.parametrize(
-    ("siblings", "files", "expected"),
-    [
-        (1, {}, 8),
-        (2, {}, 4),
-        (1, {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "max 100000\n"}, 8),
-        (1, {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "300000 100000\n"}, 3),
-        (1, {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "250000 100000\n"}, 2),
-        (1, {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "50000 100000\n"}, 1),
-        (2, {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "600000 100000\n"}, 4),
-        (1, {"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/cpu.max": "200000 100000\n",
-             "sys/fs/cgroup/a/b/cpu.max": "max 100000\n"}, 2),
-        (1, {"proc/self/cgroup": "0::/host/only\n", "sys/fs/cgroup/cpu.max": "200000 100000\n"}, 2),
-        (1, {"proc/self/cgroup": "3:cpu,cpuacct:/job\n", "sys/fs/cgroup/cpu/job/cpu.cfs_quota_us": "400000\n",
-             "sys/fs/cgroup/cpu/job/cpu.cfs_period_us": "100000\n"}, 4),
-        (1, {"proc/self/cgroup": "3:cpu:/\n", "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
-             "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n"}, 8),
-    ],
-)  # fmt: skip
-def test_available_threads_are_cores_within_affinity_and_quota(tmp_path, monkeypatch, siblings, files, expected):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
-    assert available_threads(machine(tmp_path, siblings=siblings, **files)) == expected
-
-
-def test_available_threads_keep_to_the_affinity(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 6})
-    assert available_threads(machine(tmp_path, siblings=2)) == 2
-    assert available_threads(tmp_path / "no such machine") == 3
 
 
 def test_the_default_is_what_this_machine_has(model):

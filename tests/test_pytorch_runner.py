@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from mcruntime.engine import Runner, available_threads
+from mcruntime.cgroup import available_threads
+from mcruntime.engine import Runner
 from torch import nn
 
 from mcdeploy.backends.pytorch import TorchRunner

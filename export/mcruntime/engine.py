@@ -12,7 +12,6 @@ import functools
 import hashlib
 import io
 import json
-import math
 import os
 import platform
 import re
@@ -23,6 +22,7 @@ from typing import Any, Literal, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from mcruntime.cgroup import available_threads
 from mcruntime.errors import BackendError, BundleError, InputError, MissingExtraError, ParityError
 from mcruntime.gpu import cache_folder, content_sha256, describe_device, installed_versions, tensorrt_mismatch
 
@@ -357,47 +357,6 @@ def preload_cuda_libraries() -> str:
         with contextlib.redirect_stdout(printed):
             onnxruntime.preload_dlls()
     return " ".join(re.sub(r"\x1b\[\d+m", "", printed.getvalue()).split())
-
-
-def available_threads(root: Path = Path("/")) -> int:
-    """Physical cores this process may use, at least 1: its CPU affinity, and no more than its cgroup's CPU quota.
-
-    Args:
-        root: where /proc and /sys are found.
-    """
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    cores = {
-        _read(root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") or str(cpu) for cpu in allowed
-    }
-    quotas = [quota for folder in _cgroup_folders(root) if (quota := _cpu_quota(folder)) is not None]
-    return max(1, min([len(cores), *(math.floor(quota) for quota in quotas)]))
-
-
-def _cgroup_folders(root: Path) -> list[Path]:
-    """This process's CPU cgroup and those above it; a container may see its own as the top one."""
-    folders = []
-    for line in (_read(root / "proc/self/cgroup") or "").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers == "" or "cpu" in controllers.split(","):  # version 2, or version 1's cpu controller
-            top = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
-            own = top / path.lstrip("/")
-            folders += [own, *(parent for parent in own.parents if parent.is_relative_to(top))]
-    return folders
-
-
-def _cpu_quota(folder: Path) -> float | None:
-    """CPUs a cgroup may use at a time; None: no limit. Version 2 writes one file, version 1 two."""
-    quota, _, period = (_read(folder / "cpu.max") or "").partition(" ")
-    if not quota:
-        quota, period = _read(folder / "cpu.cfs_quota_us") or "", _read(folder / "cpu.cfs_period_us") or ""
-    return int(quota) / int(period) if quota.isdigit() and period.isdigit() and int(period) else None
-
-
-def _read(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError):
-        return None
 
 
 def _reason(error: Exception) -> str:

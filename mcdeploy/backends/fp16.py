@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir
-from mcruntime.engine import available_threads
+from mcruntime.cgroup import available_threads
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 

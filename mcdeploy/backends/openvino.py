@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from mcruntime.engine import available_threads, check_images, check_logits
+from mcruntime.cgroup import available_threads
+from mcruntime.engine import check_images, check_logits
 from numpy.typing import NDArray
 
 from mcdeploy.errors import BackendError, BundleError, InputError, MissingExtraError

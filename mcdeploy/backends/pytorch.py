@@ -15,7 +15,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import torch
-from mcruntime.engine import available_threads
+from mcruntime.cgroup import available_threads
 from numpy.typing import NDArray
 from torch import Tensor, nn
 

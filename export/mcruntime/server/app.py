@@ -23,7 +23,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from mcruntime.engine import available_threads
+from mcruntime.cgroup import available_threads
 from mcruntime.errors import DataError, McdeployError
 from mcruntime.preprocess import Preprocessing, open_image, prepare
 from mcruntime.server import MAX_BODY_BYTES
