@@ -118,7 +118,11 @@ def prune_export(
     precision: Annotated[list[str], typer.Option(help="fp32, fp16, int8; may be repeated.")] = [],  # noqa: B006
     batch: Annotated[
         tuple[int, int, int] | None,
-        typer.Option(metavar="MIN OPT MAX", help="Batch sizes of an engine; MAX is verified, OPT measured.", min=1),
+        typer.Option(
+            metavar="MIN OPT MAX",
+            help="Batch sizes of an engine; of any model, MAX is verified and MIN and OPT are timed.",
+            min=1,
+        ),
     ] = None,
     max_top1_drop: Annotated[
         float | None, typer.Option(min=0, max=100, help="Percentage points of top-1 that a precision may cost.")
@@ -217,7 +221,7 @@ def bench(
         ),
     ] = False,
     profile: Annotated[
-        bool, typer.Option("--profile", help="Also say where the time goes, by block (onnx and pytorch).")
+        bool, typer.Option("--profile", help="Also say where the time goes, by block (onnx, openvino, pytorch).")
     ] = False,
     plot: Annotated[Path | None, typer.Option(help="Also draw the distributions into this file.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Also write all of it into this Markdown file.")] = None,
@@ -231,6 +235,7 @@ def bench(
     """Latency of A against B, interleaved, with intervals; exit code 1 when slower than the baseline allows."""
     with _extra("mcdeploy bench", "train"):
         from mcdeploy.bench_report import check_baseline, read_report
+        from mcdeploy.profile import check_profiled
     if fail_if_slower and not baseline:
         raise InputError("--fail-if-slower: needs --baseline, the earlier bench to compare with")
     if plot and plot.suffix not in (".png", ".svg", ".pdf"):
@@ -238,8 +243,8 @@ def bench(
     _check_folder(json_file)
     for file in (plot, markdown, html):
         _check_folder(file)
-    if profile and (others := sorted({*backend} - {"onnx", "pytorch"})):
-        raise InputError(f"--profile: knows how to look into onnx and pytorch, not into {', '.join(others)}")
+    if profile:
+        check_profiled(backend)
     if data and not over_images:
         raise InputError("--data: bench takes noise unless --over-images says how many validation images to take")
     if over_images:
@@ -534,6 +539,12 @@ def _prune_export(
         describe_device()
     if sign is not None and not sign.is_file():
         raise InputError(f"--sign {sign}: no such key file; 'mcdeploy keygen' makes one")
+    if sign is not None:
+        with _extra("--sign", "sign"):
+            from mcruntime.signature import check_private_key
+        check_private_key(sign)
+    if config.sensitivity and "int8" not in config.precision:
+        raise InputError("--sensitivity: is about int8; add --precision int8, or leave it away")
     loaders = _loaders_of(_data_config(recipe.data, data))
     _same_classes(header["classes"], loaders.classes)
     dynamic = dynamic_stages(model)

@@ -7,16 +7,19 @@ that is too far off ends the export with the first tensor that departs, by name.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+from mcruntime.batches import AnyBatch
 from mcruntime.engine import OnnxRunner, Runner
+from mcruntime.gpu import cache_folder
 from mcruntime.manifest import Engine, ModelFile
-from mcruntime.tensorrt import TensorRTRunner
+from mcruntime.tensorrt import TensorRTRunner, facts_path
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -25,7 +28,7 @@ from mcdeploy.backends.int8 import Int8Report, to_int8
 from mcdeploy.backends.onnx import data_file
 from mcdeploy.backends.pytorch import TorchRunner
 from mcdeploy.backends.readback import FileFacts, check_written
-from mcdeploy.backends.tensorrt import EngineOptions, build_engine
+from mcdeploy.backends.tensorrt import EngineOptions, cached_engine
 from mcdeploy.bench import compare_latency
 from mcdeploy.departure import Departure, between_files, between_module_and_file, between_modules
 from mcdeploy.errors import ParityError
@@ -47,9 +50,13 @@ class Form:
     backend: Backend
     facts: FileFacts  # of the ONNX file that it is, or was built from
     engine: Engine | None = None
+    layers: Mapping[str, int] = field(default_factory=dict)  # of an engine: how many compute in which type
 
     def runner(self, name: str) -> Runner:
-        return OnnxRunner(self.path, name=name) if self.engine is None else TensorRTRunner(self.path, name=name)
+        """For any batch; an engine splits and fills up what does not fit its profile."""
+        if self.engine is None:
+            return OnnxRunner(self.path, name=name)
+        return AnyBatch(TensorRTRunner(self.path, name=name), self.engine.batch)
 
     def in_manifest(self, accuracy: float, tolerance: float) -> ModelFile:
         return ModelFile(
@@ -58,7 +65,7 @@ class Form:
             precision=self.precision,
             opset=self.facts.opset,
             ir_version=self.facts.ir_version,
-            nodes=self.facts.nodes,
+            nodes={"layers": dict(self.layers)} if self.engine else self.facts.nodes,
             accuracy=accuracy,
             selftest_max_abs=tolerance,
             engine=self.engine,
@@ -116,6 +123,8 @@ class Hops:
                 # int8 knows the range of images; noise lies outside of it by right
                 with_noise=form.precision != "int8",
                 where=None if form.engine else lambda limit: between_files(source, form.path, few, limit),
+                # nobody can look inside an engine, but its ONNX file was compared already
+                advice="; the ONNX file that it was built from was not too far off" if form.engine else "",
             )
 
     def _check(
@@ -126,6 +135,7 @@ class Hops:
         *,
         with_noise: bool = True,
         where: Callable[[float], Departure] | None = None,
+        advice: str = "",
     ) -> None:
         allowed = allowed or self.config.max_abs
         self.say(f"verify: {hop}, batches {', '.join(map(str, self._batches))}")
@@ -141,7 +151,7 @@ class Hops:
                     self._compare(hop, expected, runner, {"noise": self.noise}, allowed)
         except ParityError as error:
             if where is None:
-                raise
+                raise ParityError(f"{error}{advice}") from None
             found = where(allowed)
             self._departure.write_text(json.dumps({"hop": hop, **found.to_json()}, indent=2))
             raise ParityError(f"{error}; {found} (all of them in {self._departure})") from None
@@ -229,11 +239,25 @@ def _write(
     return form
 
 
+def _options(config: ExportConfig) -> EngineOptions:
+    return EngineOptions(
+        batches=config.batch,
+        workspace_bytes=None if config.engine_workspace_mib is None else config.engine_workspace_mib << 20,
+        optimization_level=config.engine_optimization,
+        tf32=config.engine_tf32,
+        version_compatible=config.engine_version_compatible,
+        hardware_compatible=config.engine_hardware_compatible,
+        timing_cache=cache_folder("timing") / "timing.cache",
+    )
+
+
 def _build(source: Form, plan: Path, hops: Hops, progress: Callable[[str, float], None] | None) -> Form:
     """An engine of an ONNX file, for the GPU of this machine, verified."""
     batches, precision = hops.config.batch, source.precision
     hops.say(f"export: TensorRT engine, {precision}, batch {' to '.join(map(str, batches))}")
-    built = build_engine(source.path, plan, EngineOptions(batches=batches), precision=precision, progress=progress)
+    found, built = cached_engine(source.path, _options(hops.config), precision=precision, progress=progress)
+    shutil.copyfile(found, plan)
+    shutil.copyfile(facts_path(found), facts_path(plan))
     place = Engine(
         tensorrt=built.tensorrt,
         gpu=built.gpu,
@@ -241,7 +265,7 @@ def _build(source: Form, plan: Path, hops: Hops, progress: Callable[[str, float]
         driver=built.driver,
         batch=built.batches,
     )
-    form = replace(source, path=plan, backend="tensorrt", engine=place)
+    form = replace(source, path=plan, backend="tensorrt", engine=place, layers=built.layers)
     hops.check_form(f"tensorrt-{precision}", form, source.path)
     return form
 

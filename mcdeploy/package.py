@@ -13,7 +13,7 @@ import json
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -40,7 +40,10 @@ from mcdeploy.recipe import ExportConfig
 from mcdeploy.verify import Agreement, Images, Parity, agree_all
 
 SELFTEST_IMAGES = 7
-DEPARTURE = "departure.json"  # left beside the bundle when a hop fails: every tensor that was compared
+DEPARTURE = ".departure.json"  # left beside the bundle, after its name, when a hop fails: all that was compared
+PACKAGES = (
+    "mcdeploy", "torch", "timm", "numpy", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "tensorrt",
+)  # fmt: skip
 MEASURE_SECONDS = 1.0  # of every model and batch size; ``bench`` is the place for figures to quote
 
 
@@ -108,7 +111,8 @@ def prune_export(
     out = out.resolve()
     part, old = out.with_name(f".{out.name}.part"), out.with_name(f".{out.name}.old")
     draft = None if program is None else program.with_name(f".{program.stem}.part.pt2")
-    (out.parent / DEPARTURE).unlink(missing_ok=True)
+    departure = out.with_name(out.name + DEPARTURE)
+    departure.unlink(missing_ok=True)
     _make_room(out, part)
     try:
         say("compile: freeze, prune, fold, certify")
@@ -120,7 +124,7 @@ def prune_export(
             noise = _settled_noise(small, images.shape)
             certificate = replace(certificate, calibration=certificate.calibration | facts)
             example = torch.from_numpy(images[:2])
-        hops = Hops(trained, small, images, noise, config, out.parent / DEPARTURE, say)
+        hops = Hops(trained, small, images, noise, config, departure, say)
         say(f"export: ONNX, opset {config.opset}")
         export_onnx(small, part / "model.onnx", example, opset=config.opset, dynamic=_form(config))
         hops.check_compiled(part / "model.onnx")
@@ -137,9 +141,7 @@ def prune_export(
             logits = expected.infer(images)
         for key, agreement in agreements.items():
             _check_floor(key, agreement, config, is_calibrated=certificate.calibration is not None)
-        latency = _measure(
-            {key: form for key, form in forms.items() if form.backend == "onnx"}, images, config.batch[1]
-        )
+        latency = _measure(forms, images, sorted({*config.batch[:2]}))
         (part / CERTIFICATE).write_text(json.dumps(certificate.to_json(), indent=2))
         np.savez(part / "selftest.npz", images=images, logits=logits)
         serve = next(iter(forms))
@@ -159,9 +161,7 @@ def prune_export(
                 preprocessing=preprocessing,
                 parents={**origin.parents, **({} if calibration is None else {"calibration images": _sha256(ranges)})},
                 recipe=dict(origin.recipe),
-                versions={
-                    p: importlib.metadata.version(p) for p in ("mcdeploy", "torch", "timm", "onnx", "onnxruntime")
-                },
+                versions=_versions(),
                 git_commit=_git_commit(),
                 licences=Licences(model=config.licence, weights=config.licence_weights, data=config.licence_data),
                 accuracy=Accuracy(
@@ -287,11 +287,8 @@ def _entered(forms: Mapping[str, Form]) -> Iterator[dict[str, Runner]]:
         yield {key: stack.enter_context(form.runner(key)) for key, form in forms.items()}
 
 
-def _measure(forms: Mapping[str, Form], images: Images, batch: int) -> list[Latency]:
-    """A second of every model at batch 1 and at the optimum, interleaved: what to expect of them on this machine."""
-    if not forms:
-        return []
-    sizes = sorted({1, batch})
+def _measure(forms: Mapping[str, Form], images: Images, sizes: list[int]) -> list[Latency]:
+    """A second of every model at some batch sizes, interleaved: what to expect of them on this machine."""
     report = compare_latency(
         [form.runner(key) for key, form in forms.items()],
         {size: np.resize(images, (size, *images.shape[1:])) for size in sizes},
@@ -313,6 +310,15 @@ def _measure(forms: Mapping[str, Form], images: Images, batch: int) -> list[Late
         )
         for row in report.latencies
     ]
+
+
+def _versions() -> dict[str, str]:
+    """Of what took part, as far as it is installed under that name: onnxruntime-gpu takes the place of onnxruntime."""
+    found = {}
+    for package in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def _git_commit() -> str:

@@ -141,6 +141,12 @@ class ExportConfig(Section):
     dynamic: Annotated[str, Field(pattern=r"^(if|masked|static:[1-9][0-9]{0,3})$")] = "if"
     # training images that show the ranges of fp16 and int8, and what really varies in a per-image wiring
     calibration_images: Count = 512
+    # of TensorRT engines; the last two make slower engines that also run on a later TensorRT, or on other GPUs
+    engine_workspace_mib: Count | None = None  # scratch memory a layer may use; None: all that the GPU has
+    engine_optimization: Annotated[int, Field(ge=0, le=5)] = 3  # how long to search for faster kernels
+    engine_tf32: bool = False  # fp32 layers may multiply with 10 bits of mantissa
+    engine_version_compatible: bool = False
+    engine_hardware_compatible: Literal["none", "same-compute-capability", "ampere-plus"] = "none"
     sensitivity: bool = False  # int8: measure every layer, also where the accuracy holds without
     # terms, by SPDX name where there is one: of the trained net, of the weights it started from, of its data
     licence: str | None = None

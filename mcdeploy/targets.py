@@ -23,9 +23,10 @@ import onnx
 import timm
 import torch
 from google.protobuf.message import DecodeError
+from mcruntime.batches import AnyBatch
 from mcruntime.bundle import load_bundle, split_key
 from mcruntime.cgroup import available_threads
-from mcruntime.engine import OnnxRunner, Provider, Runner
+from mcruntime.engine import Batches, OnnxRunner, Provider, Runner
 from mcruntime.preprocess import Preprocessing
 from rich.console import Console
 from rich.progress import Progress, track
@@ -52,7 +53,7 @@ from mcdeploy.errors import BackendError, InputError, WiringError
 from mcdeploy.evaluate import Accuracy, evaluate
 from mcdeploy.gpu_state import GpuWatch
 from mcdeploy.memory import peak_activation_bytes
-from mcdeploy.profile import Profile, profile_module, profile_onnx
+from mcdeploy.profile import Profile, check_profiled, profile_module, profile_onnx, profile_openvino
 
 Backend = Literal[
     "onnx", "openvino", "pytorch", "compiled", "onnx-cuda", "onnx-tensorrt", "tensorrt", "pytorch-cuda", "compiled-cuda"
@@ -83,6 +84,7 @@ class Target:
     module: nn.Module | None = None
     onnx: Path | None = None
     engine: Path | None = None  # a TensorRT plan, for the GPU that it was built on
+    batches: Batches | None = None  # of the engine: smallest, usual, largest
     image_size: int | None = None
     labels: tuple[str, ...] | None = None
     preprocessing: Preprocessing | None = None
@@ -128,6 +130,7 @@ def open_file(text: str) -> Target:
                 text,
                 onnx=None if is_engine else bundle.model_path,
                 engine=bundle.model_path if is_engine else None,
+                batches=bundle.model.engine.batch if bundle.model.engine else None,
                 image_size=manifest.preprocessing.image_size,
                 labels=manifest.labels,
                 preprocessing=manifest.preprocessing,
@@ -337,15 +340,13 @@ def profile_targets(
     threads: int | None,
     image_size: int | None = None,
 ) -> list[Profile]:
-    """Where the time goes in every target, by block, on ``onnx`` and ``pytorch``; see ``profile``.
+    """Where the time goes in every target, by block, on the backends in ``PROFILED``; see ``profile``.
 
     Raises:
         InputError: another backend, or no image size.
         BackendError: a target has no form for a backend.
     """
-    for backend in backends:
-        if backend not in ("onnx", "pytorch"):
-            raise InputError(f"--profile: knows how to look into onnx and pytorch, not into {backend}")
+    check_profiled(backends)
     found = []
     for target in targets:
         size = image_size or target.image_size
@@ -354,9 +355,10 @@ def profile_targets(
         noise = np.random.default_rng(0).standard_normal((batch, 3, size, size)).astype(np.float32)
         for backend in backends:
             name = f"{target.name} [{backend}]"
-            if backend == "onnx":
+            if backend in ("onnx", "openvino"):
+                look = profile_onnx if backend == "onnx" else profile_openvino
                 with ExitStack() as stack:
-                    found.append(profile_onnx(_onnx_of(target, stack, size), noise, name=name, threads=threads))
+                    found.append(look(_onnx_of(target, stack, size), noise, name=name, threads=threads))
             elif target.module is None:
                 raise BackendError(f"{target.name}: has no PyTorch form; give the run folder or its compiled.pt2")
             else:
@@ -424,7 +426,8 @@ def evaluate_target(target: Target, loaders: Loaders, *, image_size: int) -> Acc
         )
     with ExitStack() as stack:
         backend: Backend = "pytorch" if target.module is not None else "tensorrt" if target.engine else "onnx"
-        runner = stack.enter_context(open_runner(target, backend, stack, image_size=image_size, threads=None))
+        runner = open_runner(target, backend, stack, image_size=image_size, threads=None)
+        runner = stack.enter_context(AnyBatch(runner, target.batches) if target.batches else runner)
         return evaluate(
             lambda images: torch.from_numpy(runner.infer(images.numpy())),
             track(loaders.val, "evaluating", transient=True, disable=not Console().is_terminal),

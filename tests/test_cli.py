@@ -317,6 +317,17 @@ def a_key_that_is_not_there(tmp_path, run):
     return "prune-export", run, "--sign", tmp_path / "key", "--out", tmp_path / "b"
 
 
+@wrong(2, "is no ed25519 private key")
+def a_key_that_is_none(tmp_path, run):
+    (tmp_path / "key").write_text("hello")
+    return "prune-export", run, "--sign", tmp_path / "key", "--out", tmp_path / "b"
+
+
+@wrong(2, "--sensitivity: is about int8")
+def a_sensitivity_of_nothing(tmp_path, run):
+    return "prune-export", run, "--sensitivity", "--out", tmp_path / "b"
+
+
 @wrong(2, "has no model 'int8'; ask for fp32")
 def a_model_that_the_bundle_does_not_hold(tmp_path, run):
     return "eval", f"{run / 'bundle'}@int8", "--data", "digits"
@@ -461,7 +472,7 @@ def test_a_promise_that_fails_leaves_the_old_program_and_bundle(tmp_path, finish
     assert code == 1
     assert "allowed 1.0e-15" in error
     left = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    assert json.loads(left.pop(run / "departure.json"))["hop"] == "compile", "what was compared, for whoever looks"
+    assert json.loads(left.pop(run / "bundle.departure.json"))["hop"] == "compile", "what was compared, for whoever looks"
     assert left == before
 
 

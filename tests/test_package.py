@@ -5,12 +5,14 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import onnx
 import pytest
 from mcruntime.bundle import load_bundle
 from mcruntime.engine import OnnxRunner
 from mcruntime.errors import ParityError
 from mcruntime.signature import keygen, verify_signature
+from mcruntime.tensorrt import EngineFacts
 from runs import short_recipe
 
 from mcdeploy import cli, forms, package
@@ -135,29 +137,97 @@ def test_an_accuracy_floor_that_does_not_hold_ships_nothing(run, quick, tmp_path
     assert not list(tmp_path.glob(".b*"))
 
 
-def test_an_engine_goes_into_the_bundle_with_the_place_where_it_runs(run, quick, tmp_path, monkeypatch):
-    """The builder and the runner have their own tests; here they are stand-ins around ONNX Runtime."""
-    from mcdeploy.backends.tensorrt import EngineFacts
+class FakeEngine(OnnxRunner):
+    """The builder and the runner have their own tests; here an engine is its ONNX file, strict about its batches."""
 
-    def build(onnx_path, plan, options, *, precision, progress=None):
+    def __init__(self, path, name=None, **options):
+        facts = EngineFacts.model_validate_json(path.with_name(f"{path.name}.json").read_bytes())
+        self.span = facts.batches[0], facts.batches[2]
+        super().__init__(path, name=name)
+
+    def infer(self, images):
+        if not self.span[0] <= len(images) <= self.span[1]:
+            raise InputError(f"this engine takes batches of {self.span[0]} to {self.span[1]}, got {len(images)}")
+        return super().infer(images)
+
+
+@pytest.fixture
+def engines(tmp_path, monkeypatch):
+    """Stand-ins for building and running; returns the options that engines were built with."""
+    asked = []
+
+    def build(onnx_path, options, *, precision, progress=None):
+        asked.append(options)
+        plan = tmp_path / "cache" / f"{len(asked)}.plan"
+        plan.parent.mkdir(exist_ok=True)
         shutil.copy(onnx_path, plan)
         facts = EngineFacts(
             tensorrt="10.12.0", gpu="Some GPU", compute_capability="9.0", driver="1", onnx_sha256="0" * 64,
-            plan_sha256="1" * 64, precision=precision, layers={precision: 1}, **options.of_the_engine(),
+            plan_sha256="1" * 64, precision=precision, layers={precision: 7}, **options.of_the_engine(),
         )  # fmt: skip
         plan.with_name(f"{plan.name}.json").write_text(facts.model_dump_json())
-        return facts
+        return plan, facts
 
-    monkeypatch.setattr(forms, "build_engine", build)
-    monkeypatch.setattr(forms, "TensorRTRunner", lambda path, name: OnnxRunner(path, name=name))
-    changes = {**EVERYTHING, "precision": ("fp32", "fp16"), "backend": ("tensorrt",)}
+    monkeypatch.setattr(forms, "cached_engine", build)
+    monkeypatch.setattr(forms, "TensorRTRunner", FakeEngine)
+    monkeypatch.setattr("mcruntime.tensorrt.TensorRTRunner", FakeEngine)
+    monkeypatch.setattr("mcruntime.gpu.load_tensorrt", lambda: None)
+    monkeypatch.setattr("mcruntime.gpu.describe_device", lambda: None)
+    return asked
+
+
+@pytest.mark.parametrize("batch", [(1, 4, 11), (1, 1, 1), (4, 8, 16)])
+def test_an_engine_goes_into_the_bundle_with_the_place_where_it_runs(run, quick, engines, tmp_path, batch):
+    changes = {**EVERYTHING, "precision": ("fp32", "fp16"), "backend": ("tensorrt",), "batch": batch}
     made = cli._prune_export(run, tmp_path / "b", changes=changes)
     models = made.bundle.manifest.models
     assert set(models) == {"tensorrt-fp32", "tensorrt-fp16"}
     assert models["tensorrt-fp16"].engine.gpu == "Some GPU"
-    assert models["tensorrt-fp16"].engine.batch == (1, 4, 11)
+    assert models["tensorrt-fp16"].engine.batch == batch
+    assert models["tensorrt-fp16"].nodes == {"layers": {"fp16": 7}}, "those of the engine, not of the file it is from"
     assert {row.hop for row in made.parity} >= {"fp16", "tensorrt-fp32", "tensorrt-fp16"}
     assert not list(made.bundle.folder.glob("*.onnx"))
+    assert (made.bundle.folder / "model.fp16.plan.json").exists()
+    target = open_file(str(made.bundle.folder))
+    recipe, _, _ = cli._open_run(run)
+    top1 = evaluate_target(target, cli._loaders_of(recipe.data), image_size=8).top1
+    assert top1 == pytest.approx(models["tensorrt-fp32"].accuracy), "in batches larger than the engine takes"
+
+
+def test_the_recipes_engine_options_reach_the_builder(run, quick, engines, tmp_path):
+    changes = {
+        "backend": ("tensorrt",), "engine_workspace_mib": 3, "engine_optimization": 5, "engine_tf32": True,
+        "engine_version_compatible": True, "engine_hardware_compatible": "ampere-plus",
+    }  # fmt: skip
+    cli._prune_export(run, tmp_path / "b", changes=changes)
+    (options,) = engines
+    assert (options.workspace_bytes, options.optimization_level, options.tf32) == (3 << 20, 5, True)
+    assert (options.version_compatible, options.hardware_compatible) == (True, "ampere-plus")
+    assert options.batches == (1, 8, 32)
+    assert options.timing_cache.name == "timing.cache"
+
+
+def test_an_engine_that_is_off_says_that_its_file_was_not(run, quick, engines, tmp_path, monkeypatch):
+    monkeypatch.setattr(FakeEngine, "infer", lambda self, images: OnnxRunner.infer(self, images) * np.float32(1.5))
+    with pytest.raises(
+        ParityError, match=r"^tensorrt-fp32: .*; the ONNX file that it was built from was not too far off"
+    ):
+        cli._prune_export(run, tmp_path / "b", changes={"backend": ("tensorrt",)})
+
+
+def test_versions_are_of_what_is_installed_under_whatever_name(monkeypatch):
+    real = package.importlib.metadata.version
+
+    def version(name):
+        if name in ("onnxruntime", "tensorrt"):
+            raise package.importlib.metadata.PackageNotFoundError(name)
+        return "1.2.3" if name == "onnxruntime-gpu" else real(name)
+
+    monkeypatch.setattr(package.importlib.metadata, "version", version)
+    found = package._versions()
+    assert found["onnxruntime-gpu"] == "1.2.3"
+    assert "onnxruntime" not in found
+    assert found["torch"] == real("torch")
 
 
 def test_weights_too_many_for_one_file_lie_beside_the_model_and_are_hashed(run, tmp_path, monkeypatch):

@@ -51,7 +51,7 @@ def export(run, tmp_path, *precisions):
     try:
         return cli._prune_export(run, tmp_path / "bundle", changes=changes)
     finally:
-        assert {path.name for path in tmp_path.iterdir()} <= {package.DEPARTURE}
+        assert {path.name for path in tmp_path.iterdir()} <= {f"bundle{package.DEPARTURE}"}
 
 
 def rewrite(path, change):
@@ -87,7 +87,7 @@ def first_layer(path):
 
 def test_nothing_planted_nothing_found(sound):
     assert set(sound.bundle.manifest.models) == {"fp32", "fp16", "int8"}
-    assert not (sound.bundle.folder.parent / package.DEPARTURE).exists()
+    assert not (sound.bundle.folder.parent / f"bundle{package.DEPARTURE}").exists()
 
 
 def test_a_weight_changed_by_the_compiler_is_found_in_compile(run, tmp_path, monkeypatch):
@@ -109,7 +109,7 @@ def test_a_weight_changed_by_the_exporter_is_found_in_onnx_by_its_layer(run, lat
     spoil_after(monkeypatch, "export_onnx", lambda path: rewrite(path, double_a_weight("layer3")))
     with pytest.raises(ParityError, match=r"^onnx: .*the first tensor that departs is that of layer3\S*conv"):
         export(run, tmp_path, "fp32")
-    table = json.loads((tmp_path / package.DEPARTURE).read_text())
+    table = json.loads((tmp_path / f"bundle{package.DEPARTURE}").read_text())
     assert table["hop"] == "onnx"
     assert table["first"]["name"].startswith("layer3")
     assert len(table["distances"]) > 5

@@ -11,8 +11,8 @@ The promise: loading, checking and serving a bundle runs no code from it. There 
 ``allow_pickle=False``), every file is of a kind in ``SUFFIXES``, is a plain file inside the folder, is listed, and is
 byte for byte what was sealed. Hashes find damage and mix-ups; they do not say who sealed the bundle, a signature does.
 An .html report is for a browser, which trusts it as far as any page: mcruntime never opens one. A TensorRT engine
-(.plan) is machine code for a GPU, so it is only allowed where the manifest names it as a model, and code for the host in
-it is never switched on: take engines from people you trust.
+(.plan) is machine code for a GPU, so it is only allowed where the manifest names it as a model, and code for the host
+in it is never switched on: take engines from people you trust.
 """
 
 # B = batch, N = images in the self-test, C = channels, H/W = height/width.

@@ -97,8 +97,7 @@ class ModelFile(Section):
     precision: Precision
     opset: Count
     ir_version: Count
-    batch: str = "dynamic"
-    nodes: dict[str, dict[str, Total]] = {}  # operator to the type it computes in to how many
+    nodes: dict[str, dict[str, Total]] = {}  # operator (of an engine: "layers") to the type it computes in to how many
     accuracy: Fraction | None = None  # top-1 on the validation images
     selftest_max_abs: Annotated[float, Field(gt=0, allow_inf_nan=False)]  # as Parity.max_abs, on the self-test's images
     engine: Engine | None = None

@@ -63,6 +63,16 @@ def keygen(path: Path | str) -> tuple[Path, str]:
     return public, fingerprint(key.public_key())
 
 
+def check_private_key(path: Path | str) -> None:
+    """Hold a file against what ``sign_bundle`` will need, before the work that ends in it.
+
+    Raises:
+        InputError: the key cannot be read, is no ed25519 private key, or its passphrase is wrong.
+        MissingExtraError: the package ``cryptography`` is not installed.
+    """
+    _private_key(Path(path))
+
+
 def sign_bundle(folder: Path | str, key_path: Path | str) -> str:
     """Check a sealed bundle and write its ``manifest.sig``; an older one is replaced.
 

@@ -16,6 +16,7 @@ from types import FrameType
 import numpy as np
 import uvicorn
 
+from mcruntime.batches import AnyBatch
 from mcruntime.bundle import Bundle, load_bundle
 from mcruntime.engine import OnnxRunner, Provider, Runner
 from mcruntime.errors import InputError, McdeployError
@@ -157,7 +158,8 @@ def _load_all(paths: Sequence[Path], require_signature: Path | None) -> list[Bun
 def _runner_of(bundle: Bundle, provider: Provider, threads: int | None) -> Runner:
     name = bundle.manifest.name
     if bundle.model.backend == "tensorrt":
-        return TensorRTRunner(bundle.model_path, name=name)
+        assert bundle.model.engine is not None  # the manifest holds no other
+        return AnyBatch(TensorRTRunner(bundle.model_path, name=name), bundle.model.engine.batch)
     return OnnxRunner(bundle.model_path, provider=provider, threads=threads, name=name, spinning=False)
 
 
