@@ -213,3 +213,41 @@ def test_bench_times_engines_on_the_devices_clock(plans):
     assert {row.timed for row in report.latencies} == {"device"}
     assert all(row.p50_ms.value > 0 for row in report.latencies)
     assert [runner.facts["precision"] for runner in report.runners] == ["fp32", "fp16"]
+
+
+def test_a_run_goes_from_training_on_the_gpu_to_a_bundle_with_engines_eval_and_bench(tmp_path, monkeypatch):
+    """The commands of a user, whole: int8 for TensorRT, the report of the bench, clocks and energy too."""
+    import json
+    import sys
+
+    from mcruntime.bundle import load_bundle
+    from runs import short_recipe, write_recipe
+
+    from mcdeploy import cli
+
+    def mcdeploy(*words):
+        monkeypatch.setattr(sys, "argv", ["mcdeploy", *map(str, words)])
+        cli.main()
+
+    recipe = short_recipe(
+        train={"device": "cuda", "precision": "fp16"},
+        export={
+            "backend": ("onnx", "tensorrt"), "precision": ("fp32", "fp16", "int8"), "batch": (1, 4, 8),
+            "max_accuracy_drop": 0.2, "min_agreement": 0.9, "engine_optimization": 1, "calibration_images": 64,
+        },
+    )  # fmt: skip
+    run = tmp_path / "run"
+    mcdeploy("train", write_recipe(tmp_path / "short.yaml", recipe), "--out", run)
+    mcdeploy("prune-export", run)
+    models = load_bundle(run / "bundle").manifest.models
+    assert set(models) == {f"{prefix}{kind}" for prefix in ("", "tensorrt-") for kind in ("fp32", "fp16", "int8")}
+    for key, model in models.items():
+        mcdeploy("eval", f"{run / 'bundle'}@{key}", "--data", "digits", "--json", tmp_path / "eval.json")
+        assert json.loads((tmp_path / "eval.json").read_text())["top1"] == pytest.approx(model.accuracy)
+    mcdeploy(
+        "bench", run, f"{run / 'bundle'}@tensorrt-fp16", "--backend", "tensorrt", "--backend", "pytorch-cuda",
+        "--batch", 1, "--batch", 8, "--seconds", 3, "--json", tmp_path / "bench.json", "--html", tmp_path / "b.html",
+    )  # fmt: skip
+    report = json.loads((tmp_path / "bench.json").read_text())
+    assert {row["timed"] for row in report["latencies"]} == {"device"}
+    assert report["gpu"]
