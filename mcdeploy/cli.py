@@ -12,11 +12,11 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
-from mcdeploy.errors import InputError, McdeployError, MissingExtraError
+from mcdeploy.errors import InputError, McdeployError, MissingExtraError, ParityError
 
 if TYPE_CHECKING:
     from mcruntime.preprocess import Preprocessing
@@ -150,7 +150,12 @@ def prune_export(
         "sensitivity": sensitivity or None,
         "dynamic": dynamic,
     }
-    shipped = _prune_export(run, out or run / BUNDLE, data, changes, sign)
+    bundle = out or run / BUNDLE
+    try:
+        shipped = _prune_export(run, bundle, data, changes, sign)
+    except ParityError:
+        _report_departure(bundle)
+        raise
     _report(run, shipped, None, f"mcdeploy prune-export {run}")
     certificate, manifest = shipped.certificate, shipped.bundle.manifest
     _write_json(json_file, manifest.model_dump(mode="json"))
@@ -162,13 +167,23 @@ def prune_export(
 
 @app.command("eval")
 def evaluate(
-    target: Annotated[str, typer.Argument(metavar="RUN|BUNDLE|MODEL", help="What to evaluate.", show_default=False)],
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|BUNDLE[@MODEL]|MODEL",
+            help="A run, a bundle (@int8: that model of it), a model file, a timm name.",
+            show_default=False,
+        ),
+    ],
     data: DataOption = None,
     weights: Annotated[Path | None, typer.Option(help="A .safetensors file for a timm backbone.")] = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="timm's own weights for a timm backbone.")] = False,
     json_file: JsonOption = None,
 ) -> None:
-    """Top-1 accuracy on the validation images, in fp32."""
+    """Top-1 accuracy on the validation images, in the types of what is named: fp32 unless a bundle's model says less.
+
+    An engine runs on its GPU, everything else on the CPU.
+    """
     with _extra("mcdeploy eval", "train"):
         from mcdeploy.targets import evaluate_target
     _check_folder(json_file)
@@ -263,8 +278,18 @@ def bench(
     earlier = read_report(baseline) if baseline else None
     share = _percent(until, "--until")
     report = _bench(
-        targets, backend, batch, seconds, threads, image_size, until=share, lock_clocks=lock_clocks, cold_l2=cold_l2
+        targets,
+        backend,
+        batch,
+        seconds,
+        threads,
+        image_size,
+        until=share,
+        lock_clocks=lock_clocks,
+        cold_l2=cold_l2,
+        baseline=earlier,
     )
+    _write_json(json_file, report.to_json() | {"profiles": []})  # what took long is safe, whatever fails from here on
     _print_bench(report)
     profiles = _profiles(targets, backend, batch[0], threads, image_size) if profile else []
     if plot:
@@ -321,6 +346,7 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 8000,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of one inference.")] = None,
+    provider: Annotated[str, typer.Option(help="Of ONNX Runtime: cpu, cuda or tensorrt.")] = "cpu",
     max_batch_size: Annotated[int, typer.Option(min=1, help="Images in one request.")] = 64,
     max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; more are answered with 503.")] = 64,
     require_signature: Annotated[
@@ -328,13 +354,16 @@ def serve(
     ] = None,
 ) -> None:
     """Serve bundles over HTTP: Open Inference Protocol v2 and POST /predict. Refuses a changed bundle."""
+    from mcruntime.engine import PROVIDERS, Provider
     from mcruntime.server import serve as run_server
 
+    _only("--provider", [provider], list(PROVIDERS))
     run_server(
         bundles,
         host,
         port,
         threads=threads,
+        provider=cast(Provider, provider),
         max_batch_size=max_batch_size,
         max_queue=max_queue,
         require_signature=require_signature,
@@ -598,6 +627,19 @@ def _prune_export(
     return shipped
 
 
+def _report_departure(bundle: Path) -> None:
+    """A page beside what prune-export left of a hop that failed, where it could look inside."""
+    from mcdeploy.package import DEPARTURE
+    from mcdeploy.report import ReportData, departure_section, write_report
+
+    left = bundle.resolve().with_name(bundle.resolve().name + DEPARTURE)
+    if left.exists():
+        page = left.with_suffix(".html")
+        more = {"First departure": departure_section(json.loads(left.read_text(encoding="utf-8")))}
+        write_report(page, ReportData(f"{bundle.name}: a hop that failed", more=more))
+        print(f"every tensor that was compared: {page}", file=sys.stderr)
+
+
 def _licence_of(config: ModelConfig) -> str | None:
     """What timm says of its own weights, where the training started from them."""
     import timm
@@ -779,6 +821,7 @@ def _bench(
     until: float = 0.02,
     lock_clocks: bool = False,
     cold_l2: bool = False,
+    baseline: BenchReport | None = None,
 ) -> BenchReport:
     with _extra("mcdeploy bench", "train"):
         from mcdeploy.targets import BACKENDS, measure
@@ -794,6 +837,7 @@ def _bench(
         until=until,
         lock_clocks=lock_clocks,
         cold_l2=cold_l2,
+        baseline=baseline,
     )
 
 
@@ -895,7 +939,7 @@ def _percent(text: str, option: str = "--fail-if-slower") -> float:
         share = float(text.removesuffix("%")) / 100
     except ValueError:
         raise InputError(f"{option} {text}: expected a percentage such as 5%") from None
-    if share < 0:
+    if not 0 <= share < float("inf"):  # NaN fits nowhere
         raise InputError(f"{option} {text}: expected 0% or more")
     return share
 

@@ -337,6 +337,26 @@ def _certificate(certificate: Mapping[str, Any]) -> str:
     return "".join(parts)
 
 
+def departure_section(found: Mapping[str, Any]) -> str:
+    """Where a hop departed from the trained model: every tensor that was compared, in order of computation; HTML.
+
+    Args:
+        found: what ``Departure.to_json`` gave, with "hop".
+    """
+    first, limit = found["first"], found["limit"]
+    said = (
+        f"The first tensor that departs is that of {first['name']}."
+        if first
+        else "No tensor in between departs: it happens between the last one and the logits."
+    )
+    rows = [
+        (row["name"], f"{row['max_abs']:.1e}", "beyond" if not row["max_abs"] <= limit else "")
+        for row in found["distances"]
+    ]
+    heads = ("made by", "distance, relative to its largest value", f"limit {limit:.1e}")
+    return f"<p>Hop: {escape(found['hop'])}. {escape(said)}</p>{html_table(heads, rows)}"
+
+
 def models_section(models: Mapping[str, Mapping[str, Any]], made: Mapping[str, Mapping[str, Any]]) -> str:
     """What was written, as read back from the files, and how int8 and fp16 came about; HTML.
 

@@ -472,7 +472,8 @@ def test_a_promise_that_fails_leaves_the_old_program_and_bundle(tmp_path, finish
     assert code == 1
     assert "allowed 1.0e-15" in error
     left = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    assert json.loads(left.pop(run / "bundle.departure.json"))["hop"] == "compile", "what was compared, for whoever looks"
+    assert json.loads(left.pop(run / "bundle.departure.json"))["hop"] == "compile"
+    assert b"first tensor that departs is that of" in left.pop(run / "bundle.departure.html")
     assert left == before
 
 
