@@ -1,9 +1,9 @@
 """Where the time of one inference goes, by the names of the PyTorch blocks, and the same for two models side by side.
 
 ONNX Runtime's own profiler says how long each of its nodes took. Nodes that it fused lose their name and carry that of
-the tensor they write; the file says which node wrote that tensor, and our files name their nodes after modules. In
-PyTorch, hooks around the leaf modules read the clock. Both cost time themselves, so the shares count, and the latency
-is ``bench``'s.
+the tensor they write; the file says which node wrote that tensor, and our files name their nodes after modules.
+OpenVINO says of each of its layers how long it took and which nodes of the file went into it. In PyTorch, hooks around
+the leaf modules read the clock. All of that costs time itself, so the shares count, and the latency is ``bench``'s.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from rich.text import Text
 from mcdeploy.errors import BackendError, InputError, MissingExtraError
 
 WARMUP_RUNS = 3
+ROUNDING = ("QuantizeLinear", "DequantizeLinear")
+PROFILED = ("onnx", "openvino", "pytorch")  # backends
 OWN = "(added by the runtime)"  # nodes that no node of the file stands for: reordering of memory
 # As timm names blocks: layer1.0, blocks.1.0, stages.0.blocks.1; what comes before the first number has no blocks.
 BLOCK = re.compile(r"^(?:[A-Za-z_]\w*\.)*?[A-Za-z_]\w*(?:\.\d+)+(?:\.blocks\.\d+)?(?=[./#]|$)")
@@ -111,6 +113,47 @@ def profile_onnx(
         LayerTime(names[node], block_of(names[node]), kinds[node], median(took)) for node, took in times.items()
     )
     return Profile(name, len(images), runs, layers)
+
+
+def profile_openvino(
+    path: Path | str, images: NDArray[np.float32], *, name: str, threads: int | None = None, runs: int = 30
+) -> Profile:
+    """Run a file in OpenVINO on the CPU, compiled as for ``bench`` but with OpenVINO's own clock around each layer.
+
+    That clock counts whole microseconds. A layer counts under the first node of the file that went into it: a
+    convolution with what was fused behind it. What OpenVINO added itself is under ``OWN``.
+
+    Args:
+        images: [B, C, H, W] float32.
+        threads: of one inference; None: ``available_threads()``.
+        runs: inferences that count; the time of a layer is the median over them.
+
+    Raises:
+        MissingExtraError: openvino is not installed.
+        BundleError, BackendError: it cannot load or run the model.
+        InputError: fewer than 1 run, or images that the model does not take.
+    """
+    from mcdeploy.backends.openvino import OpenVINORunner
+
+    _check_runs(runs)
+    times: dict[str, list[float]] = {}
+    with OpenVINORunner(path, name=name, threads=threads, profile=True) as runner:
+        for run in range(WARMUP_RUNS + runs):
+            runner.infer(images)
+            if run < WARMUP_RUNS:
+                continue
+            layers = runner.layer_times()
+            for layer in layers:  # a layer may be listed twice
+                took = times.setdefault(layer.name, [])
+                took += [0.0] * (run - WARMUP_RUNS + 1 - len(took))
+                took[-1] += layer.microseconds
+    named, writer = _nodes_of(Path(path))
+    found = []
+    for layer in {layer.name: layer for layer in layers}.values():
+        if any(times[layer.name]):  # else fused into another one
+            node = _origin(layer.name, layer.origins, named, writer)
+            found.append(LayerTime(node, block_of(node), layer.kind, median(times[layer.name])))
+    return Profile(name, len(images), runs, tuple(found))
 
 
 def profile_module(module: Any, images: NDArray[np.float32], *, name: str, threads: int, runs: int = 30) -> Profile:
@@ -215,6 +258,16 @@ def _cell(microseconds: float | None, total: float) -> str:
     return "-" if microseconds is None else f"{microseconds:,.0f} ({microseconds / total:.1%})"
 
 
+def check_profiled(backends: Sequence[str]) -> None:
+    """Refuse a backend that cannot be looked into.
+
+    Raises:
+        InputError: there is one.
+    """
+    if others := sorted({*backends} - {*PROFILED}):
+        raise InputError(f"--profile: knows how to look into {', '.join(PROFILED)}, not into {', '.join(others)}")
+
+
 def _check_runs(runs: int) -> None:
     if runs < 1:
         raise InputError(f"profile: expected 1 run or more, got {runs}")
@@ -239,11 +292,7 @@ def _names_in_file(path: Path, kinds: Mapping[str, str]) -> dict[str, str]:
     A fused node is called after the tensor it writes. It stands for the nearest node of its own operator on the way
     back from there that no other one stands for: Conv, not the Relu or Add that was drawn into it.
     """
-    import onnx
-
-    graph = onnx.load(path, load_external_data=False).graph
-    named = {node.name: node for node in graph.node}
-    writer = {output: node for node in graph.node for output in node.output}
+    named, writer = _nodes_of(path)
     taken = {name for name in kinds if name in named}
     found = {}
     for name, kind in kinds.items():
@@ -256,6 +305,26 @@ def _names_in_file(path: Path, kinds: Mapping[str, str]) -> dict[str, str]:
         else:
             found[name] = OWN
     return found
+
+
+def _nodes_of(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The nodes of a file, by their names and by the tensors they write."""
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False).graph
+    return {node.name: node for node in graph.node}, {output: node for node in graph.node for output in node.output}
+
+
+def _origin(layer: str, origins: Sequence[str], named: Mapping[str, Any], writer: Mapping[str, Any]) -> str:
+    """The node of the file that a layer of OpenVINO stands for; the one that writes an output is called after it.
+
+    OpenVINO calls what it splits a node into NODE/WithoutBiases and so on. A layer that computes and rounds in one go
+    stands for the node that computes.
+    """
+    names = [name.partition("/WithoutBiases")[0] for name in (layer, *origins)]
+    nodes = [table[name] for table in (named, writer) for name in names if name in table]
+    nodes.sort(key=lambda node: node.op_type in ROUNDING)
+    return str(nodes[0].name) if nodes else OWN
 
 
 def _nearest(start: Any, kind: str, writer: Mapping[str, Any], taken: set[str]) -> str:

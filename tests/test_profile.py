@@ -7,6 +7,7 @@ import io
 import numpy as np
 import pytest
 import timm
+from onnx import helper
 from rich.console import Console
 from tiny_models import images
 from torch import nn
@@ -22,6 +23,7 @@ from mcdeploy.profile import (
     ordered_blocks,
     profile_module,
     profile_onnx,
+    profile_openvino,
     profile_rows,
     profile_table,
 )
@@ -70,6 +72,67 @@ def test_every_convolution_of_the_file_is_in_the_profile_once_under_its_module(n
         f"layer{i}.{j}" for i in (1, 2, 3, 4) for j in (0, 1)
     ]
     assert sum(blocks.values()) == pytest.approx(profile.total_us)
+
+
+def test_openvinos_layers_are_under_the_modules_whose_nodes_went_into_them(net, path):
+    pytest.importorskip("openvino")
+    profile = profile_openvino(path, images(4, 32).numpy(), name="net", threads=1, runs=3)
+    found = [layer.name.split("/")[0] for layer in profile.layers if layer.kind == "Convolution"]
+    assert sorted(found) == sorted(name for name, module in net.named_modules() if isinstance(module, nn.Conv2d))
+    assert [layer.name.split("/")[0] for layer in profile.layers if layer.kind == "FullyConnected"] == ["fc"]
+    assert {layer.name for layer in profile.layers if layer.kind == "Reorder"} == {OWN}
+    blocks = [name for name in profile.by_block() if name.startswith("layer")]
+    assert blocks == [f"layer{i}.{j}" for i in (1, 2, 3, 4) for j in (0, 1)]
+    assert (profile.batch, profile.runs) == (4, 3)
+    assert 0 < sum(profile.by_block().values()) == pytest.approx(profile.total_us)
+
+
+@pytest.mark.parametrize(
+    ("layer", "origins", "node"),
+    [
+        ("fc/Gemm", (), "fc/Gemm"),
+        ("logits", ("logits",), "fc/Gemm"),
+        ("x", ("", "fc/Gemm/WithoutBiases", "act/Relu"), "fc/Gemm"),
+        ("fc/Gemm/WithoutBiases/DequantizationMultiply", ("logits_QuantizeLinear",), "fc/Gemm"),
+        ("logits_QuantizeLinear", ("logits_QuantizeLinear", "fc/Gemm"), "fc/Gemm"),
+        ("logits_QuantizeLinear", (), "logits_QuantizeLinear"),
+        ("act/Relu_abcd_acdb_fc/Gemm", ("",), OWN),
+    ],
+)
+def test_a_layer_of_openvino_stands_for_the_node_that_computes(layer, origins, node):
+    from mcdeploy.profile import _origin
+
+    def made(name, kind):
+        return helper.make_node(kind, ["x"], ["y"], name=name)
+
+    gemm, rounding = made("fc/Gemm", "Gemm"), made("logits_QuantizeLinear", "QuantizeLinear")
+    named = {made.name: made for made in (gemm, rounding, made("act/Relu", "Relu"))}
+    assert _origin(layer, origins, named, {"logits": gemm}) == node
+
+
+def test_openvinos_times_are_medians_without_the_warm_up_and_a_layer_listed_twice_is_summed(path, monkeypatch):
+    openvino = pytest.importorskip("mcdeploy.backends.openvino")
+    run = iter([[900, 900, 0]] * 3 + [[1, 2, 0], [5, 2, 0], [7, 3, 0]])
+    conv, fused = "layer1.0.conv1/Conv", "layer1.0.act1/Relu"
+
+    def layer_times(runner):
+        first, again, never = next(run)
+        return [
+            openvino.LayerRun("x", ("", conv, fused), "Convolution", first),
+            openvino.LayerRun("x", ("", conv, fused), "Convolution", again),
+            openvino.LayerRun(fused, (fused,), "Relu", never),
+        ]
+
+    def warm(runner, images):
+        if runner.inferences < 3:
+            next(run)
+        runner.inferences += 1
+
+    monkeypatch.setattr(openvino.OpenVINORunner, "inferences", 0, raising=False)
+    monkeypatch.setattr(openvino.OpenVINORunner, "infer", warm)
+    monkeypatch.setattr(openvino.OpenVINORunner, "layer_times", layer_times)
+    profile = profile_openvino(path, images(1, 32).numpy(), name="net", threads=1, runs=3)
+    assert profile.layers == (LayerTime(conv, "layer1.0", "Convolution", 7.0),)
 
 
 def test_the_warm_up_does_not_count():

@@ -11,6 +11,7 @@ from __future__ import annotations
 import platform
 import threading
 from collections import Counter
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
@@ -26,6 +27,16 @@ HEAVY = ("Convolution", "FullyConnected", "MatMul", "Deconvolution")  # layers t
 NAMES = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "i8": "int8", "u8": "int8"}
 
 
+@dataclass(frozen=True)
+class LayerRun:
+    """One layer of the compiled model in one inference."""
+
+    name: str
+    origins: tuple[str, ...]  # friendly names of what was fused into it; of a node that is the file's name for it
+    kind: str
+    microseconds: float
+
+
 class OpenVINORunner:
     """One compiled model with a dynamic batch: every batch size runs in it, nothing is compiled again by us.
 
@@ -33,17 +44,22 @@ class OpenVINORunner:
         path: a model with one input [B, C, H, W] and one output [B, num_classes], both float32.
         name: for messages; None: the file name without its suffix.
         threads: of one inference; None: ``available_threads()``.
+        profile: let OpenVINO time every layer, for ``layer_times``; that costs time itself.
 
     Raises:
         InputError: fewer than 1 thread.
     """
 
-    def __init__(self, path: Path | str, *, name: str | None = None, threads: int | None = None) -> None:
+    def __init__(
+        self, path: Path | str, *, name: str | None = None, threads: int | None = None, profile: bool = False
+    ) -> None:
         if threads is not None and threads < 1:
             raise InputError(f"threads: expected at least 1, got {threads}")
         self._path = Path(path)
         self._name = name or self._path.stem
         self._threads = threads or available_threads()
+        self._profile = profile
+        self._origins: dict[str, tuple[str, ...]] = {}  # of every layer that runs, the nodes of the file in it
         self._lock = threading.Lock()  # a request serves one caller at a time
         self._request: Any = None
         self._shape: tuple[int | None, ...] = ()
@@ -72,6 +88,7 @@ class OpenVINORunner:
             "NUM_STREAMS": 1,
             "INFERENCE_NUM_THREADS": self._threads,
             "INFERENCE_PRECISION_HINT": "f32",
+            "PERF_COUNT": self._profile,
         }
         try:
             compiled = openvino.Core().compile_model(str(self._path), "CPU", asked)
@@ -81,6 +98,10 @@ class OpenVINORunner:
                 f"{self._path}: OpenVINO cannot compile the model ({reason}); export it again"
             ) from error
         self._facts = self._read_back(compiled, openvino.__version__)
+        self._origins = {
+            node.get_friendly_name(): tuple(str(node.get_rt_info()["originalLayersNames"].value).split(","))
+            for node in compiled.get_runtime_model().get_ordered_ops()
+        }
         sizes = compiled.inputs[0].partial_shape
         self._shape = tuple(int(size.get_length()) if size.is_static else None for size in sizes)
         self._request = compiled.create_infer_request()
@@ -106,6 +127,21 @@ class OpenVINORunner:
         if self._request is None:
             raise RuntimeError("enter the runner before asking what runs")
         return dict(self._facts)
+
+    def layer_times(self) -> list[LayerRun]:
+        """Every layer of the last inference, in the order of running; those fused into others took no time."""
+        if self._request is None or not self._profile:
+            raise RuntimeError("make the runner with profile=True and enter it before asking for times")
+        with self._lock:
+            return [
+                LayerRun(
+                    info.node_name,
+                    self._origins.get(info.node_name, ()),
+                    info.node_type,
+                    info.real_time.total_seconds() * 1e6,
+                )
+                for info in self._request.profiling_info
+            ]
 
     def _read_back(self, compiled: Any, release: str) -> dict[str, str]:
         """What runs, as the compiled model says it."""
