@@ -1,8 +1,13 @@
 """Short training runs for tests: a small ResNet on digits, a few steps an epoch."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from mcdeploy import package
+from mcdeploy.package import Shipped
 from mcdeploy.recipe import Recipe, parse_recipe
 
 
@@ -26,3 +31,12 @@ def write_recipe(path: Path, recipe: Recipe) -> Path:
 
     path.write_text(yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True)))
     return path
+
+
+def reuse_compiled(monkeypatch: pytest.MonkeyPatch, shipped: Shipped) -> None:
+    """From now on a bundle is made from what was compiled and exported for ``shipped``, without doing that again."""
+    whole = shipped.bundle.folder / "model.onnx"
+    monkeypatch.setattr(package, "compile_with_certificate", lambda *given: (shipped.compiled, shipped.certificate))
+    monkeypatch.setattr(package, "export_onnx", lambda model, path, example, **options: shutil.copy(whole, path))
+    monkeypatch.setattr(package.Hops, "check_program", lambda hops, program: None)
+    monkeypatch.setattr(package, "export_program", lambda model, path, example: path.write_bytes(b""))

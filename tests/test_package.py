@@ -13,7 +13,7 @@ from mcruntime.engine import OnnxRunner
 from mcruntime.errors import ParityError
 from mcruntime.signature import keygen, verify_signature
 from mcruntime.tensorrt import EngineFacts
-from runs import short_recipe
+from runs import reuse_compiled, short_recipe
 
 from mcdeploy import cli, forms, package
 from mcdeploy.backends.readback import read_facts
@@ -38,11 +38,7 @@ def shipped(run):
 @pytest.fixture
 def quick(shipped, monkeypatch):
     """What comes before the step under test is not made again: the compiled net, its file, its program, the timing."""
-    whole = shipped.bundle.folder / "model.onnx"
-    monkeypatch.setattr(package, "compile_with_certificate", lambda *given: (shipped.compiled, shipped.certificate))
-    monkeypatch.setattr(package, "export_onnx", lambda model, path, example, **options: shutil.copy(whole, path))
-    monkeypatch.setattr(package.Hops, "check_program", lambda hops, program: None)
-    monkeypatch.setattr(package, "export_program", lambda model, path, example: path.write_bytes(b""))
+    reuse_compiled(monkeypatch, shipped)
     monkeypatch.setattr(package, "_measure", lambda *given: [])
 
 

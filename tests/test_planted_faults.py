@@ -13,7 +13,7 @@ import onnx
 import pytest
 import torch
 from onnx import helper, numpy_helper
-from runs import short_recipe
+from runs import reuse_compiled, short_recipe
 
 from mcdeploy import cli, forms, package
 from mcdeploy.backends import onnx as exporter
@@ -38,11 +38,7 @@ def sound(run):
 @pytest.fixture
 def later(sound, monkeypatch):
     """For a fault that is planted after compile and export: those two hops are not made again."""
-    whole = sound.bundle.folder / "model.onnx"
-    monkeypatch.setattr(package, "compile_with_certificate", lambda *given: (sound.compiled, sound.certificate))
-    monkeypatch.setattr(package, "export_onnx", lambda model, path, example, **options: shutil.copy(whole, path))
-    monkeypatch.setattr(package.Hops, "check_program", lambda hops, program: None)
-    monkeypatch.setattr(package, "export_program", lambda model, path, example: path.write_bytes(b""))
+    reuse_compiled(monkeypatch, sound)
 
 
 def export(run, tmp_path, *precisions):
