@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from mcdeploy.bench_report import ENOUGH_FOR_P99, BenchReport, Latency, Measured
 from mcdeploy.errors import BackendError, InputError
-from mcdeploy.gpu_state import GpuWatch
+from mcdeploy.gpu_state import BLIND_SECONDS, GpuWatch
 from mcdeploy.intervals import Interval, interval_of_units
 from mcdeploy.surroundings import (
     busy_warnings,
@@ -91,8 +91,8 @@ METHOD = {
     ),
     "gpu": (
         "warmed until its clock stands still; clock, heat, power and the reasons for slowing down are read after every "
-        "section: locked, floating, or throttled. Energy: every runner alone for a second at the end, the GPU's own "
-        "counter over the number of inferences, idle power included"
+        "section, as far as it tells them: locked, floating, or throttled. Energy: every runner alone for a second at "
+        "the end, the GPU's own counter over the number of inferences, idle power included"
     ),
     "l2": (
         "a GPU's level-2 cache, in each runner's facts. warm: as the inference before it left it, so a small net's "
@@ -298,7 +298,13 @@ class _Run:
                 for timer in course.timers:
                     timer.run()
 
-        if not gpu.warm_until_steady(everything, clock=self.clock):
+        steady = gpu.warm_until_steady(everything, clock=self.clock)
+        if steady is None:
+            self.gpu_warnings.append(
+                f"the GPU does not tell its clock: it was warmed for {BLIND_SECONDS:.0f} seconds, and whether the "
+                "clock stood still is not known; measure on a GPU that is not shared or virtual"
+            )
+        elif not steady:
             self.gpu_warnings.append("the GPU's clock never stood still while warming up; lock it with --lock-clocks")
 
     def measure_energy(self, gpu: GpuWatch) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -228,15 +228,17 @@ def check_baseline(report: BenchReport, baseline: BenchReport, fail_if_slower: f
     """
     if not fail_if_slower >= 0:
         raise InputError(f"fail-if-slower: expected a fraction of at least 0, got {fail_if_slower}")
-    if len(report.runners) < 2:
-        raise InputError("a baseline compares ratios, so it needs at least two runners; the first is the yardstick")
+    check_comparable(
+        [runner.name for runner in report.runners], sorted({row.batch for row in report.latencies}), baseline
+    )
     _check_same_kind(report, baseline)
     lines, slower = [], []
     for now in report.latencies:
         if now.runner == report.runners[0].name:
             continue
         then = baseline.at(now.runner, now.batch)
-        if then is None or then.timed != now.timed:
+        assert then is not None  # check_comparable
+        if then.timed != now.timed:
             raise InputError(
                 f"the baseline holds no {now.runner} at batch {now.batch} timed on the {now.timed}; "
                 "measure what it holds, or measure a new baseline"
@@ -254,6 +256,32 @@ def check_baseline(report: BenchReport, baseline: BenchReport, fail_if_slower: f
             f"slower than the baseline: {'; '.join(slower)}; find what changed, or measure a new baseline"
         )
     return lines
+
+
+def check_comparable(runners: Sequence[str], batches: Sequence[int], baseline: BenchReport) -> None:
+    """Refuse a baseline that cannot be held against these runners, which can be known before they are measured.
+
+    Args:
+        runners: their names, the yardstick first.
+        batches: sizes.
+
+    Raises:
+        InputError: a single runner, another yardstick, or a runner at a batch size that the baseline does not hold.
+    """
+    if len(runners) < 2:
+        raise InputError("a baseline compares ratios, so it needs at least two runners; the first is the yardstick")
+    if not baseline.runners or baseline.runners[0].name != runners[0]:
+        yardstick = baseline.runners[0].name if baseline.runners else "nothing"
+        raise InputError(
+            f"the baseline's ratios are to {yardstick}, this report's to {runners[0]}; "
+            "name the runners in the baseline's order"
+        )
+    for name in runners[1:]:
+        for batch in batches:
+            if baseline.at(name, batch) is None:
+                raise InputError(
+                    f"the baseline holds no {name} at batch {batch}; measure what it holds, or measure a new baseline"
+                )
 
 
 def figure_for(path: Path | str, size: tuple[float, float]) -> Any:
@@ -286,13 +314,7 @@ def _latency_from_json(row: Mapping[str, Any]) -> Latency:
 
 
 def _check_same_kind(report: BenchReport, baseline: BenchReport) -> None:
-    """The yardstick is the baseline's, and runners of one name run on the same kind of thing."""
-    if not baseline.runners or baseline.runners[0].name != report.runners[0].name:
-        yardstick = baseline.runners[0].name if baseline.runners else "nothing"
-        raise InputError(
-            f"the baseline's ratios are to {yardstick}, this report's to {report.runners[0].name}; "
-            "name the runners in the baseline's order"
-        )
+    """Runners of one name run on the same kind of thing, now and then."""
     then_facts = {runner.name: runner.facts for runner in baseline.runners}
     for runner in report.runners:
         for key in ("backend", "mode", "provider", "precision", "l2"):

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import tempfile
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -26,7 +27,7 @@ from google.protobuf.message import DecodeError
 from mcruntime.batches import AnyBatch
 from mcruntime.bundle import load_bundle, split_key
 from mcruntime.cgroup import available_threads
-from mcruntime.engine import Batches, OnnxRunner, Provider, Runner
+from mcruntime.engine import Batches, OnnxRunner, Provider, Runner, Types
 from mcruntime.preprocess import Preprocessing
 from rich.console import Console
 from rich.progress import Progress, track
@@ -38,7 +39,7 @@ from mcdeploy.backends.onnx import export_onnx
 from mcdeploy.backends.pytorch import TorchRunner
 from mcdeploy.bench import compare_latency
 from mcdeploy.bench_images import ImagesReport, compare_over_images
-from mcdeploy.bench_report import BenchReport
+from mcdeploy.bench_report import BenchReport, check_comparable
 from mcdeploy.checkpoint import FILE_NAME, load_checkpoint
 from mcdeploy.compile.dynamic import count_wirings, open_everything
 from mcdeploy.compile.prune import count_macs, count_parameters, freeze
@@ -98,9 +99,13 @@ def kind_of(text: str) -> Literal["run", "bundle", "onnx", "pt2", "backbone"]:
     Raises:
         InputError: none that we know; says what can be named.
     """
-    path = Path(text)
-    if (split_key(text)[0] / "manifest.json").exists():
+    path, (folder, key) = Path(text), split_key(text)
+    if (folder / "manifest.json").exists():
         return "bundle"
+    if key is not None and (folder / FILE_NAME).exists():
+        raise InputError(
+            f"{text}: a run has no models of several precisions, its bundle has; name {folder}/bundle@{key}"
+        )
     if (path / FILE_NAME).exists():
         return "run"
     if path.suffix == ".onnx" and path.is_file():
@@ -143,7 +148,8 @@ def open_file(text: str) -> Target:
             return Target(text, onnx=path, image_size=_square([axis.dim_value for axis in _input_axes(path)[2:]]))
         case "pt2":
             try:
-                program = torch.export.load(path)
+                with _quiet():
+                    program = torch.export.load(path)
                 shape = program.example_inputs[0][0].shape
                 target = Target(text, module=program.module(), image_size=_square(shape[2:]))
                 if (path.parent / FILE_NAME).exists():  # beside the run it was compiled from
@@ -154,6 +160,17 @@ def open_file(text: str) -> Target:
             except Exception as error:  # torch.export's loader raises many kinds
                 raise InputError(f"{text}: not a complete ExportedProgram ({type(error).__name__})") from None
     raise InputError(f"{text}: expected a bundle folder, an .onnx or a .pt2 file")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch.export logs the traceback of what it raises; ours is the one sentence about it."""
+    logger = logging.getLogger("torch.export")
+    was, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = was
 
 
 def _input_axes(path: Path) -> Sequence[Any]:
@@ -180,6 +197,40 @@ def as_backend(text: str) -> Backend:
     raise InputError(f"unknown backend {text!r}; valid are {', '.join(BACKENDS)}")
 
 
+def pairs_of(targets: Sequence[Target], backends: Sequence[str]) -> list[tuple[Target, Backend]]:
+    """What will run on what: every target on every backend, but an engine on ``tensorrt`` alone.
+
+    A target that is named twice is measured twice, which shows what a difference of nothing looks like; the second is
+    called ``X (2)``.
+
+    Raises:
+        InputError: an unknown backend.
+        BackendError: an engine, and ``tensorrt`` is not among the backends.
+    """
+    found: list[tuple[Target, Backend]] = []
+    names: set[str] = set()
+    for target in targets:
+        if target.engine is not None and "tensorrt" not in backends:
+            raise BackendError(
+                f"{target.name}: is a TensorRT engine; ask for --backend tensorrt, or name another model"
+            )
+        for backend in map(as_backend, backends):
+            if target.engine is not None and backend != "tensorrt":
+                continue
+            twin, number = target, 1
+            while runner_name(twin, backend) in names:
+                number += 1
+                twin = replace(target, name=f"{target.name} ({number})")
+            names.add(runner_name(twin, backend))
+            found.append((twin, backend))
+    return found
+
+
+def runner_name(target: Target, backend: Backend) -> str:
+    """What tables call a target on a backend."""
+    return f"{target.name} [{backend}]"
+
+
 def open_runner(
     target: Target,
     backend: Backend,
@@ -189,6 +240,7 @@ def open_runner(
     threads: int | None,
     batches: Sequence[int] = (1,),
     cold_l2: bool = False,
+    progress: Callable[[str, float], None] | None = None,
 ) -> Runner:
     """A runner on the backend that was asked for, not yet entered. A module is exported first where ONNX is needed.
 
@@ -196,11 +248,12 @@ def open_runner(
         stack: owns the temporary folder of such an export.
         batches: what will be run; TensorRT engines are built for these, and tuned for the largest.
         cold_l2: of the backends in ``DEVICE_TIMED``: overwrite the GPU's L2 cache before every timed inference.
+        progress: is told how far the building of an engine is, 0 to 1.
 
     Raises:
         BackendError: the target has no form for that backend, or TensorRT could not build it.
     """
-    name = f"{target.name} [{backend}]"
+    name = runner_name(target, backend)
     if target.engine is not None:
         if backend != "tensorrt":
             raise BackendError(
@@ -217,8 +270,9 @@ def open_runner(
             return OpenVINORunner(path, name=name, threads=threads)
         span = (min(batches), max(batches), max(batches))
         if backend == "tensorrt":
-            return _native_tensorrt(path, name, span, cold_l2)
-        return OnnxRunner(path, name=name, provider=ONNX_PROVIDERS[backend], threads=threads, batches=span)
+            return _native_tensorrt(path, name, span, cold_l2, progress)
+        types = _types_of(path) if backend == "onnx-tensorrt" else "fp32"
+        return OnnxRunner(path, name=name, provider=ONNX_PROVIDERS[backend], threads=threads, batches=span, types=types)
     if target.module is None:
         raise BackendError(f"{target.name}: has no PyTorch form; give the run folder or its compiled.pt2 for {backend}")
     return TorchRunner(
@@ -241,20 +295,32 @@ def _onnx_of(target: Target, stack: ExitStack, image_size: int) -> Path:
     return path
 
 
-def _native_tensorrt(path: Path, name: str, batches: tuple[int, int, int], cold_l2: bool) -> Runner:
+def _types_of(path: Path) -> Types:
+    """The lowest type that a heavy node of the file computes in."""
+    from mcdeploy.backends.readback import read_facts
+
+    lowest = read_facts(path).precision.split()[0]
+    return "fp16" if lowest == "fp16" else "int8" if lowest == "int8" else "fp32"
+
+
+def _native_tensorrt(
+    path: Path,
+    name: str,
+    batches: tuple[int, int, int],
+    cold_l2: bool,
+    progress: Callable[[str, float], None] | None,
+) -> Runner:
     from mcruntime.tensorrt import TensorRTRunner
 
-    from mcdeploy.backends.readback import precision_of, read_facts
     from mcdeploy.backends.tensorrt import EngineOptions, cached_engine
 
-    asked = precision_of(read_facts(path).nodes).split()[0]
-    precision: Literal["fp32", "fp16", "int8"] = "fp16" if asked == "fp16" else "int8" if asked == "int8" else "fp32"
-    plan, _ = cached_engine(path, EngineOptions(batches=batches), precision=precision)
+    plan, _ = cached_engine(path, EngineOptions(batches=batches), precision=_types_of(path), progress=progress)
     return TensorRTRunner(plan, name=name, cold_l2=cold_l2)
 
 
 def _with_precision(report: BenchReport, runners: Sequence[tuple[Runner, Backend, Path | None]]) -> BenchReport:
-    """Adds to the facts in which type the heavy nodes of an ONNX file really run, where the runtime tells."""
+    """Adds to the facts in which type the heavy nodes of an ONNX file really run, where the runtime tells; ONNX
+    Runtime's TensorRT provider does not, so there the facts give the file's types and say so."""
     from mcdeploy.backends.readback import precision_of, read_facts, running_types
 
     found: dict[str, str] = {}
@@ -262,6 +328,8 @@ def _with_precision(report: BenchReport, runners: Sequence[tuple[Runner, Backend
         if path is not None and backend in ("onnx", "onnx-cuda"):
             running = running_types(path, "cpu" if backend == "onnx" else "cuda")
             found[runner.name] = precision_of(read_facts(path).nodes, running)
+        elif path is not None and backend == "onnx-tensorrt":
+            found[runner.name] = f"{read_facts(path).precision}, not readable from the engine"
     return replace(
         report,
         runners=tuple(
@@ -282,17 +350,25 @@ def measure(
     until: float = 0.02,
     lock_clocks: bool = False,
     cold_l2: bool = False,
+    baseline: BenchReport | None = None,
 ) -> BenchReport:
     """Time every target on every backend against the first, on noise, with interleaved rounds; see ``bench``.
 
-    The facts of an ONNX file in ONNX Runtime say in which type its heavy nodes run after the runtime's own passes.
+    What runs on what is in ``pairs_of``. The facts of an ONNX file in ONNX Runtime say in which type its heavy nodes
+    run after the runtime's own passes.
+
+    Args:
+        baseline: an earlier report that this one will be held against; one that cannot be is refused before the work.
 
     Raises:
         InputError: the targets disagree on the image size, or none of them says one; a GPU's clock or cache shall be
-            held where a backend has none.
+            held where a backend has none; the baseline is one of other models or batch sizes.
         BackendError: a target has no form for a backend, or the machine lacks it.
     """
-    on_gpu = any(PROVIDER_OF[as_backend(backend)] != "cpu" for backend in backends)
+    pairs = pairs_of(targets, backends)
+    if baseline is not None:
+        check_comparable([runner_name(*pair) for pair in pairs], batches, baseline)
+    on_gpu = any(PROVIDER_OF[backend] != "cpu" for _, backend in pairs)
     if lock_clocks and not on_gpu:
         raise InputError("--lock-clocks: holds a GPU's clock, but no backend runs on a GPU; name one, or leave it out")
     if cold_l2 and (others := sorted({*backends} - {*DEVICE_TIMED})):
@@ -309,16 +385,25 @@ def measure(
     progress = Progress(transient=True, disable=not Console().is_terminal)
     with ExitStack() as stack, progress:
         bar = progress.add_task("bench", total=1.0)
+
+        def tell(what: str, share: float) -> None:
+            progress.update(bar, description=what, completed=share)
+
         opened = []
-        for target in targets:
-            for backend in map(as_backend, backends):
-                needs_file = target.engine is None and ("onnx" in backend or target.module is None)
-                path = _onnx_of(target, stack, size) if needs_file else None
-                here = target if path is None else replace(target, onnx=path)
-                runner = open_runner(
-                    here, backend, stack, image_size=size, threads=threads, batches=batches, cold_l2=cold_l2
-                )
-                opened.append((runner, backend, path))
+        for target, backend in pairs:
+            needs_file = target.engine is None and ("onnx" in backend or target.module is None)
+            path = _onnx_of(target, stack, size) if needs_file else None
+            runner = open_runner(
+                target if path is None else replace(target, onnx=path),
+                backend,
+                stack,
+                image_size=size,
+                threads=threads,
+                batches=batches,
+                cold_l2=cold_l2,
+                progress=tell,
+            )
+            opened.append((runner, backend, path))
         report = compare_latency(
             [runner for runner, _, _ in opened],
             {batch: noise[:batch] for batch in batches},
@@ -327,7 +412,7 @@ def measure(
             threads=threads,
             gpu=GpuWatch(lock_clocks=lock_clocks) if on_gpu else None,
             providers={runner.name: PROVIDER_OF[backend] for runner, backend, _ in opened},
-            progress=lambda what, share: progress.update(bar, description=what, completed=share),
+            progress=tell,
         )
         return _with_precision(report, opened)
 
@@ -348,21 +433,20 @@ def profile_targets(
     """
     check_profiled(backends)
     found = []
-    for target in targets:
+    for target, backend in pairs_of(targets, backends):
         size = image_size or target.image_size
         if size is None:
             raise InputError(f"{target.name}: does not say its image size; give --image-size")
         noise = np.random.default_rng(0).standard_normal((batch, 3, size, size)).astype(np.float32)
-        for backend in backends:
-            name = f"{target.name} [{backend}]"
-            if backend in ("onnx", "openvino"):
-                look = profile_onnx if backend == "onnx" else profile_openvino
-                with ExitStack() as stack:
-                    found.append(look(_onnx_of(target, stack, size), noise, name=name, threads=threads))
-            elif target.module is None:
-                raise BackendError(f"{target.name}: has no PyTorch form; give the run folder or its compiled.pt2")
-            else:
-                found.append(profile_module(target.module, noise, name=name, threads=threads or available_threads()))
+        name = runner_name(target, backend)
+        if backend in ("onnx", "openvino"):
+            look = profile_onnx if backend == "onnx" else profile_openvino
+            with ExitStack() as stack:
+                found.append(look(_onnx_of(target, stack, size), noise, name=name, threads=threads))
+        elif target.module is None:
+            raise BackendError(f"{target.name}: has no PyTorch form; give the run folder or its compiled.pt2")
+        else:
+            found.append(profile_module(target.module, noise, name=name, threads=threads or available_threads()))
     return found
 
 
@@ -390,34 +474,46 @@ def measure_over_images(
     chosen = np.unique(np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int))  # type: ignore[arg-type]
     images = dataset.__getitems__(chosen.tolist())[0]  # type: ignore[attr-defined]
     everything: list[Target] = []
-    found: dict[str, int] = {}
+    wirings: dict[int, int] = {}  # by the module's id
     for target in targets:
         dynamic = target.module is not None and dynamic_stages(target.module)
         if target.module is not None and dynamic:
             everything.append(replace(target, name=f"{target.name}, all open", module=open_everything(target.module)))
-            wirings = count_wirings(target.module.eval(), images)
-            found |= {f"{target.name} [{backend}]": wirings for backend in backends}
+            wirings[id(target.module)] = count_wirings(target.module.eval(), images)
         everything.append(target)
     progress = Progress(transient=True, disable=not Console().is_terminal)
     with ExitStack() as stack, progress:
         bar = progress.add_task("bench", total=1.0)
-        pairs = [(target, backend) for backend in map(as_backend, backends) for target in everything]
-        runners = [open_runner(target, backend, stack, image_size=size, threads=threads) for target, backend in pairs]
+
+        def tell(what: str, share: float) -> None:
+            progress.update(bar, description=what, completed=share)
+
+        pairs = sorted(pairs_of(everything, backends), key=lambda pair: backends.index(pair[1]))
+        runners = [
+            open_runner(target, backend, stack, image_size=size, threads=threads, progress=tell)
+            for target, backend in pairs
+        ]
         return compare_over_images(
             runners,
             images.numpy().astype(np.float32),
-            wirings=found,
+            wirings={
+                runner_name(target, backend): wirings[id(target.module)]
+                for target, backend in pairs
+                if id(target.module) in wirings
+            },
             rounds=rounds,
-            providers={f"{target.name} [{backend}]": PROVIDER_OF[backend] for target, backend in pairs},
-            progress=lambda what, share: progress.update(bar, description=what, completed=share),
+            providers={runner_name(target, backend): PROVIDER_OF[backend] for target, backend in pairs},
+            progress=tell,
         )
 
 
 def evaluate_target(target: Target, loaders: Loaders, *, image_size: int) -> Accuracy:
-    """Top-1 of a target in fp32 on the CPU, over all validation images.
+    """Top-1 of a target over all validation images, in the types that it holds: a module in PyTorch and a file in
+    ONNX Runtime, both on the CPU, an engine in TensorRT on its GPU.
 
     Raises:
         InputError: the data's classes are not the target's.
+        BackendError: an engine, and no GPU that it was built for.
     """
     if target.labels is not None and list(target.labels) != loaders.classes:
         odd = sorted(set(target.labels) ^ set(loaders.classes))

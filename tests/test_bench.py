@@ -367,9 +367,7 @@ def test_a_runner_that_could_but_runs_on_the_host_is_timed_by_the_host(clock):
 
 def test_the_state_of_the_gpu_and_the_energy_of_an_inference_are_in_the_report(clock):
     pytest.importorskip("pynvml")
-    from test_gpu_state import double
-
-    from mcdeploy.gpu_state import GpuWatch
+    from test_gpu_state import GpuWatch, double
 
     nvml = double(nvmlDeviceGetTotalEnergyConsumption=lambda: int(clock.now * 100_000))  # 100 W
     runners = (FakeOnDevice("a", clock, constant(0.01)), FakeOnDevice("b", clock, constant(0.02)))
@@ -383,9 +381,7 @@ def test_the_state_of_the_gpu_and_the_energy_of_an_inference_are_in_the_report(c
 
 def test_a_throttled_gpu_is_a_warning(clock):
     pynvml = pytest.importorskip("pynvml")
-    from test_gpu_state import double
-
-    from mcdeploy.gpu_state import GpuWatch
+    from test_gpu_state import GpuWatch, double
 
     nvml = double(
         nvmlDeviceGetCurrentClocksEventReasons=pynvml.nvmlClocksEventReasonSwPowerCap,
@@ -394,6 +390,17 @@ def test_a_throttled_gpu_is_a_warning(clock):
     report = measure(clock, Fake("a", clock, constant(0.01)), gpu=GpuWatch(nvml=nvml))
     assert report.gpu["state"] == "throttled"
     assert any("slowed itself down" in warning and "power cap" in warning for warning in report.warnings)
+
+
+def test_a_gpu_that_tells_nothing_is_measured_all_the_same_and_named_in_a_warning(clock):
+    pytest.importorskip("pynvml")
+    from test_gpu_state import NOT_SUPPORTED, READINGS, GpuWatch, double
+
+    nvml = double(**dict.fromkeys([*READINGS, "nvmlDeviceGetTotalEnergyConsumption"], NOT_SUPPORTED))
+    report = measure(clock, Fake("a", clock, constant(0.01)), gpu=GpuWatch(nvml=nvml))
+    assert report.gpu["sm clock"] == report.gpu["name"] == "not readable"
+    assert report.latencies[0].energy_mj is None
+    assert any("does not tell its clock" in warning for warning in report.warnings)
 
 
 # --------------------------------------------------------------------------------------------------------- refusals

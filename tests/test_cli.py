@@ -377,6 +377,28 @@ def a_limit_without_a_baseline(tmp_path, run):
     return "bench", run / "bundle", "--fail-if-slower", "5%"
 
 
+@wrong(2, "--fail-if-slower nan: expected 0% or more")
+def a_limit_that_is_no_number(tmp_path, run):
+    (tmp_path / "b.json").write_text("{}")
+    return "bench", run / "bundle", "--baseline", tmp_path / "b.json", "--fail-if-slower", "nan"
+
+
+@wrong(2, "--fail-if-slower inf%: expected 0% or more")
+def a_limit_without_end(tmp_path, run):
+    (tmp_path / "b.json").write_text("{}")
+    return "bench", run / "bundle", "--baseline", tmp_path / "b.json", "--fail-if-slower", "inf%"
+
+
+@wrong(2, "/bundle@int8")
+def a_precision_of_a_run(tmp_path, run):
+    return "eval", f"{run}@int8"
+
+
+@wrong(2, "--provider rocm: not available; this version has cpu, cuda, tensorrt")
+def a_provider_that_is_not_there(tmp_path, run):
+    return "serve", run / "bundle", "--provider", "rocm"
+
+
 @wrong(2, "is a file")
 def an_output_that_is_a_file(tmp_path, run):
     (tmp_path / "b").write_text("mine")
@@ -506,6 +528,49 @@ def test_a_bench_slower_than_its_baseline_exits_with_1(tmp_path, finished, capsy
     code, _, error = mcdeploy(capsys, *arguments[:-2], "--baseline", path)
     assert code == 1, error
     assert error.startswith("error: ")
+
+
+def test_a_baseline_of_other_models_is_refused_before_the_bench(tmp_path, finished, monkeypatch, capsys):
+    path = tmp_path / "b.json"
+    arguments = ("bench", finished / "bundle", finished / "bundle", "--seconds", 0.1)
+    assert mcdeploy(capsys, *arguments, "--json", path)[0] == 0
+
+    def never(*_, **__):
+        raise AssertionError("measured for nothing")
+
+    monkeypatch.setattr("mcdeploy.targets.compare_latency", never)
+    code, _, error = mcdeploy(capsys, *arguments, "--batch", 2, "--baseline", path)
+    assert (code, error.count("\n")) == (2, 1)
+    assert f"the baseline holds no {finished / 'bundle'} (2) [onnx] at batch 2" in error
+
+
+def test_a_profile_that_fails_does_not_cost_the_bench_before_it(tmp_path, finished, monkeypatch, capsys):
+    from mcdeploy.errors import BackendError
+
+    def fail(*_, **__):
+        raise BackendError("the profiler broke")
+
+    monkeypatch.setattr("mcdeploy.targets.profile_targets", fail)
+    path = tmp_path / "b.json"
+    code, _, error = mcdeploy(capsys, "bench", finished / "bundle", "--seconds", 0.1, "--profile", "--json", path)
+    assert (code, error) == (2, "error: the profiler broke\n")
+    left = json.loads(path.read_text())
+    assert len(left["latencies"]) == 1
+    assert left["profiles"] == []
+
+
+@pytest.mark.parametrize(("words", "provider"), [((), "cpu"), (("--provider", "cuda"), "cuda")])
+def test_the_provider_reaches_the_server(finished, monkeypatch, capsys, words, provider):
+    asked = {}
+    monkeypatch.setattr("mcruntime.server.serve", lambda *bundles, **options: asked.update(options))
+    assert mcdeploy(capsys, "serve", finished / "bundle", *words)[0] == 0
+    assert asked["provider"] == provider
+
+
+def test_what_can_be_evaluated_is_in_the_help(capsys):
+    _, out, _ = mcdeploy(capsys, "eval", "--help")
+    assert "RUN|BUNDLE[@MODEL]|MODEL" in out
+    assert "in fp32." not in out
 
 
 def test_commands_and_options_are_these(capsys):

@@ -287,6 +287,19 @@ def test_tensorrt_gets_explicit_profiles_a_folder_of_its_own_and_no_precision(mo
     assert folder.is_dir()
     assert folder.parent == tmp_path / "cache" / "mcdeploy" / "onnxruntime-tensorrt"
     assert (facts["provider"], facts["batches"], facts["tf32"]) == ("tensorrt", "1 to 4", "on")
+    assert facts["types allowed"] == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("types", "options", "allowed"),
+    [("fp16", {"trt_fp16_enable": "1"}, "fp32 and fp16"), ("int8", {"trt_int8_enable": "1"}, "fp32 and int8")],
+)
+def test_tensorrt_may_use_the_types_it_is_told_to(model, gpu, types, options, allowed):
+    gpu(GPU_PROVIDERS["tensorrt"])
+    with OnnxRunner(model, provider="tensorrt", types=types) as runner:
+        assert runner.facts()["types allowed"] == allowed
+    asked = FakeSession.last.asked[0][1]
+    assert {key: value for key, value in asked.items() if key.endswith(("16_enable", "8_enable"))} == options
 
 
 def engine_folder(path, **options):
@@ -300,6 +313,7 @@ def test_other_weights_options_gpus_or_versions_get_another_folder(model, gpu, t
     same = tmp_path / "copy.onnx"
     same.write_bytes(model.read_bytes())
     folders = [engine_folder(model), engine_folder(other), engine_folder(model, batches=(1, 1, 2))]
+    folders += [engine_folder(model, types="fp16"), engine_folder(model, types="int8")]
     assert engine_folder(model) == engine_folder(same) == folders[0]
     monkeypatch.setattr(engine, "describe_device", lambda: Device(0, "NVIDIA T4", "7.5", GPU.driver))
     folders.append(engine_folder(model))
@@ -307,7 +321,7 @@ def test_other_weights_options_gpus_or_versions_get_another_folder(model, gpu, t
     folders.append(engine_folder(model))
     monkeypatch.setattr(onnxruntime, "__version__", "1.99")
     folders.append(engine_folder(model))
-    assert len(set(folders)) == 6
+    assert len(set(folders)) == 8
     assert engine_folder(model, cache=tmp_path / "mine").startswith(str(tmp_path / "mine"))
 
 
@@ -361,6 +375,8 @@ def test_an_unknown_provider_or_no_thread_is_refused(model):
         OnnxRunner(model, provider="gpu")
     with pytest.raises(InputError, match="at least 1, got 0"):
         OnnxRunner(model, threads=0)
+    with pytest.raises(InputError, match="unknown types 'bf16'; valid are fp32, fp16, int8"):
+        OnnxRunner(model, types="bf16")
     with pytest.raises(InputError, match="1 <= min <= opt <= max, got 4, 2, 8"):
         OnnxRunner(model, batches=(4, 2, 8))
 

@@ -27,7 +27,12 @@ from mcruntime.errors import BackendError, BundleError, InputError, MissingExtra
 from mcruntime.gpu import cache_folder, content_sha256, describe_device, installed_versions, tensorrt_mismatch
 
 Provider = Literal["cpu", "cuda", "tensorrt"]
+Types = Literal["fp32", "fp16", "int8"]
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+# TensorRT behind ONNX Runtime is not strongly typed: it uses a lower type only where an option permits it.
+TENSORRT_TYPES: dict[Types, dict[str, str]] = {
+    "fp32": {}, "fp16": {"trt_fp16_enable": "1"}, "int8": {"trt_int8_enable": "1"},
+}  # fmt: skip
 Batches = tuple[int, int, int]  # the smallest, the one to tune for, the largest
 DEFAULT_BATCHES: Batches = (1, 8, 32)
 
@@ -70,12 +75,15 @@ class OnnxRunner:
             server turns it off.
         batches: with "tensorrt", the batch sizes that its engine is built for; others are refused, since ONNX Runtime
             would build a new engine in the middle of an inference.
+        types: with "tensorrt", the lowest type of the file, which the provider must be allowed to use; without it an
+            fp16 file runs in fp32, and an int8 file does not load. The provider may still choose a higher type for a
+            layer, and does not tell. Has never run. The other providers take the types of the file.
         cache: with "tensorrt", where engines are kept; None: ``cache_folder("onnxruntime-tensorrt")``. Every model gets
             a folder of its own there, since ONNX Runtime's key ignores the weights
             (https://github.com/microsoft/onnxruntime/issues/6455).
 
     Raises:
-        InputError: fewer than 1 thread, an unknown provider, batches that are not 1 <= min <= opt <= max.
+        InputError: fewer than 1 thread, an unknown provider or type, batches that are not 1 <= min <= opt <= max.
     """
 
     def __init__(
@@ -87,6 +95,7 @@ class OnnxRunner:
         name: str | None = None,
         spinning: bool = True,
         batches: Batches = DEFAULT_BATCHES,
+        types: Types = "fp32",
         cache: Path | None = None,
     ) -> None:
         check_batches(batches)
@@ -94,12 +103,15 @@ class OnnxRunner:
             raise InputError(f"threads: expected at least 1, got {threads}")
         if provider not in PROVIDERS:
             raise InputError(f"unknown provider {provider!r}; valid are {', '.join(PROVIDERS)}")
+        if types not in TENSORRT_TYPES:
+            raise InputError(f"unknown types {types!r}; valid are {', '.join(TENSORRT_TYPES)}")
         self._path = Path(path)
         self._provider = provider
         self._threads = threads or available_threads()
         self._name = name or self._path.stem
         self._spinning = spinning
         self._batches = batches
+        self._types = types
         self._cache = cache
         self._session: Any = None
         self._input_name = self._output_name = ""
@@ -165,6 +177,7 @@ class OnnxRunner:
         if self._provider == "tensorrt":
             # The provider has no option for TF32; the variable is NVIDIA's own switch for all its libraries.
             facts["tf32"] = "off" if os.environ.get("NVIDIA_TF32_OVERRIDE") == "0" else "on"
+            facts["types allowed"] = "fp32" if self._types == "fp32" else f"fp32 and {self._types}"
             facts["batches"] = f"{self._batches[0]} to {self._batches[2]}"
         return facts
 
@@ -214,6 +227,7 @@ class OnnxRunner:
         if self._provider == "cuda":
             return provider, {"device_id": "0", "use_tf32": "0"}
         options = {"device_id": "0", "trt_engine_cache_enable": "1", "trt_timing_cache_enable": "1"}
+        options |= TENSORRT_TYPES[self._types]
         # Explicit profiles: without them, a batch size that is new makes the provider build an engine.
         name, image = self._image_input()
         for key, batch in zip(("min", "opt", "max"), self._batches, strict=True):
