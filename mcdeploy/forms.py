@@ -231,7 +231,8 @@ def _write(
             sensitivity=config.sensitivity,
             progress=progress,
         )
-    form = Form(path, precision, "onnx", check_written(path, opset=config.opset, precision=precision))
+    allowed = report.float_nodes if report is not None else frozenset[str]()
+    form = Form(path, precision, "onnx", check_written(path, opset=config.opset, precision=precision, allowed=allowed))
     if report is not None:
         name = path.name.removeprefix("model.").replace(".onnx", ".json")
         (path.parent / "reports" / name).write_text(json.dumps(report.to_json(), indent=2))

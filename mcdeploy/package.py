@@ -7,7 +7,6 @@ Every arrow is a hop, verified in ``forms``.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import shutil
@@ -29,6 +28,7 @@ from mcruntime.signature import sign_bundle
 from torch import nn
 from torch.utils.data import DataLoader
 
+from mcdeploy.backends.fp16 import hash_images
 from mcdeploy.backends.onnx import INPUT, OUTPUT, export_onnx, export_program
 from mcdeploy.bench import compare_latency
 from mcdeploy.compile import Certificate, compile_with_certificate
@@ -159,7 +159,10 @@ def prune_export(
                 output=ModelOutput(name=OUTPUT, num_classes=logits.shape[1]),
                 labels=tuple(labels),
                 preprocessing=preprocessing,
-                parents={**origin.parents, **({} if calibration is None else {"calibration images": _sha256(ranges)})},
+                parents={
+                    **origin.parents,
+                    **({} if calibration is None else {"calibration images": hash_images(ranges)}),
+                },
                 recipe=dict(origin.recipe),
                 versions=_versions(),
                 git_commit=_git_commit(),
@@ -336,10 +339,6 @@ def _git_commit() -> str:
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", ".") else "")
     except (OSError, subprocess.SubprocessError):
         return ""
-
-
-def _sha256(images: Images) -> str:
-    return hashlib.sha256(str(images.shape).encode() + np.ascontiguousarray(images).tobytes()).hexdigest()
 
 
 def _first_images(val: DataLoader[tuple[torch.Tensor, torch.Tensor]], count: int) -> Images:

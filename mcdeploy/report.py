@@ -406,12 +406,8 @@ def _int8(name: str, report: Mapping[str, Any]) -> str:
     if floats:
         parts.append(html_table(("stays fp32", "why"), [(row["node"], row["why"]) for row in floats]))
     if report["groups"]:
-        rows = [
-            (row["shape"], "not timed" if row["ratio"] is None else "{:.2f} [{:.2f}, {:.2f}]".format(*row["ratio"]),
-             "int8" if row["quantised"] else "fp32")
-            for row in report["groups"]
-        ]  # fmt: skip
-        parts.append(html_table(("convolution in groups", "time in int8 against fp32", "chosen"), rows))
+        rows = [(row["shape"], "int8" if row["quantised"] else "fp32") for row in report["groups"]]
+        parts.append(html_table(("convolution in groups", "chosen"), rows))
     if report["sensitivity"]:
         rows = [(row["node"], f"{row['snr_db']:.1f}", f"{row['top1_agreement']:.2%}") for row in report["sensitivity"]]
         table = html_table(("this layer alone in 8 bits", "signal to noise of the logits, dB", "same class"), rows)

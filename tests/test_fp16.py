@@ -11,9 +11,10 @@ from tiny_models import images, timm_model, wired_resnet
 from tiny_onnx import some_images, write_graph
 
 import mcdeploy
-from mcdeploy.backends.fp16 import hash_images, measure_peaks, rounded_twin, run_all, to_fp16
+from mcdeploy.backends import onnx as exporter
+from mcdeploy.backends.fp16 import hash_images, infer_types, measure_peaks, rounded_twin, run_all, save_model, to_fp16
 from mcdeploy.backends.onnx import export_onnx
-from mcdeploy.backends.readback import read_facts
+from mcdeploy.backends.readback import check_written, read_facts
 from mcdeploy.errors import BackendError, InputError, ParityError
 
 FLOAT = TensorProto.FLOAT
@@ -83,6 +84,89 @@ def test_a_wired_net_becomes_float16_with_float32_images_and_logits(tmp_path, wi
     onnx.checker.check_model(str(tmp_path / "half.onnx"), full_check=True)
 
 
+@pytest.mark.parametrize("opset", [18, 21, 23])  # 20 is everywhere else
+def test_every_opset_that_is_exported_converts(tmp_path, opset):
+    model = mcdeploy.compile_model(wired_resnet(fan_in=2), images(7, 16))
+    export_onnx(model, tmp_path / "m.onnx", images(2, 16), opset=opset)
+    report = to_fp16(tmp_path / "m.onnx", tmp_path / "half.onnx", images(8, 16).numpy())
+    assert (report.file.opset, report.file.precision, report.top1_agreement) == (opset, "fp16", 1.0)
+
+
+@pytest.mark.parametrize("before", ["inline", "beside"])
+def test_weights_too_many_for_one_file_lie_beside_the_float16_model(tmp_path, wired, monkeypatch, before):
+    calibration = images(8, 16).numpy()
+    small = to_fp16(wired, tmp_path / "small.onnx", calibration)
+    monkeypatch.setattr(exporter, "MAX_INLINE_BYTES", 1000)
+    source = wired if before == "inline" else save_model(onnx.load(wired), tmp_path / "beside.onnx")
+    folder = tmp_path / "out"
+    for _ in range(2):  # the second time over the first pair
+        report = to_fp16(source, folder / "half.onnx", calibration)
+    assert sorted(path.name for path in folder.iterdir()) == ["half.onnx", "half.onnx.data"]
+    assert report.file == read_facts(folder / "half.onnx")
+    assert report.file.external == ("half.onnx.data",)
+    assert report.file.nodes == small.file.nodes
+    assert (folder / "half.onnx.data").stat().st_size < 1.01 * small.file.size_bytes
+    assert np.array_equal(
+        run_all(str(folder / "half.onnx"), calibration), run_all(str(tmp_path / "small.onnx"), calibration)
+    )
+
+
+def test_a_model_that_fits_into_one_file_again_leaves_no_weights_beside_it(tmp_path, wired, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(exporter, "MAX_INLINE_BYTES", 1000)
+        to_fp16(wired, tmp_path / "half.onnx", images(4, 16).numpy())
+    to_fp16(wired, tmp_path / "half.onnx", images(4, 16).numpy())
+    assert [path.name for path in tmp_path.iterdir()] == ["half.onnx"]
+
+
+def test_no_large_model_is_handed_over_as_one_message(tmp_path, wired, monkeypatch):
+    import onnxruntime
+
+    handed = []
+    real = onnxruntime.InferenceSession
+
+    def session(given, *args, **kwargs):
+        handed.append(type(given))
+        return real(given, *args, **kwargs)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    to_fp16(wired, tmp_path / "half.onnx", images(4, 16).numpy())
+    assert set(handed) == {str, bytes}
+    handed.clear()
+    monkeypatch.setattr(exporter, "MAX_INLINE_BYTES", 1000)
+    to_fp16(wired, tmp_path / "half.onnx", images(4, 16).numpy())
+    assert len(handed) >= 4
+    assert set(handed) == {str}
+
+
+def test_saving_and_inferring_types_leave_the_weights_in_a_large_model(tmp_path, wired, monkeypatch):
+    small = onnx.load(wired)
+    del small.graph.value_info[:]
+    large = onnx.ModelProto()
+    large.CopyFrom(small)
+    infer_types(small, strict=True)
+    monkeypatch.setattr(exporter, "MAX_INLINE_BYTES", 1000)
+    seen = []
+    real = onnx.shape_inference.infer_shapes
+
+    def infer_shapes(model, **options):
+        seen.append(model.SerializeToString())
+        return real(model, **options)
+
+    monkeypatch.setattr(onnx.shape_inference, "infer_shapes", infer_shapes)
+    infer_types(large, strict=True)
+    assert len(seen[0]) < 0.3 * len(large.SerializeToString())
+    assert len(large.graph.value_info) > 50
+    assert large.SerializeToString() == small.SerializeToString()
+    save_model(large, tmp_path / "m.onnx")
+    assert (tmp_path / "m.onnx.data").stat().st_size > 100_000
+    assert np.array_equal(
+        *(run_all(str(path), images(4, 16).numpy()) for path in (wired, tmp_path / "m.onnx")),
+    )
+    for before, after in zip(small.graph.initializer, large.graph.initializer, strict=True):
+        assert np.array_equal(numpy_helper.to_array(before), numpy_helper.to_array(after))
+
+
 def test_the_same_file_and_images_give_the_same_bytes(tmp_path, wired):
     hashes = set()
     for name in ("a.onnx", "b.onnx"):
@@ -101,6 +185,10 @@ def test_what_overflows_stays_float32_where_the_plain_conversion_gives_infinity(
     assert {node.node for node in report.kept} == {"grow", "relu", "stay", "residual", "shrink"}
     assert report.kept[0].peak > 65504
     assert report.file.nodes["Conv"] == {"fp16": 1, "fp32": 3}
+    assert report.float_nodes == {"grow", "relu", "stay", "residual", "shrink"}
+    check_written(tmp_path / "half.onnx", opset=20, precision="fp16", allowed=report.float_nodes)
+    with pytest.raises(BackendError, match=r"grow \(fp32\), stay \(fp32\), shrink \(fp32\) with no reason on record"):
+        check_written(tmp_path / "half.onnx", opset=20, precision="fp16")
     half = onnx.load(tmp_path / "half.onnx")
     expected = run_all(str(path), calibration)
     actual = run_all(rounded_twin(half), calibration, optimise=False)

@@ -58,6 +58,52 @@ def test_a_float16_file_handed_over_as_float32_is_refused(tmp_path):
         check_written(path, opset=20, precision="fp32")
 
 
+def two_convs(path):
+    """One convolution in float16 and one in float32."""
+    weights = {"a": np.ones((4, 3, 1, 1), np.float16), "b": np.ones((4, 4, 1, 1), np.float32)}
+    nodes = [
+        helper.make_node("Cast", ["images"], ["x"], "down", to=HALF),
+        helper.make_node("Conv", ["x", "a"], ["y"], "first"),
+        helper.make_node("Cast", ["y"], ["z"], "up", to=FLOAT),
+        helper.make_node("Conv", ["z", "b"], ["w"], "second"),
+        helper.make_node("GlobalAveragePool", ["w"], ["pooled"], "pool"),
+        helper.make_node("Flatten", ["pooled"], ["logits"], "flatten"),
+    ]
+    return write_graph(
+        path,
+        nodes,
+        [helper.make_tensor_value_info("images", FLOAT, ["batch", 3, 8, 8])],
+        [helper.make_tensor_value_info("logits", FLOAT, ["batch", 4])],
+        weights,
+    )
+
+
+def test_one_node_in_the_type_that_was_asked_for_is_not_enough(tmp_path):
+    path = two_convs(tmp_path / "m.onnx")
+    said = r"asked for fp16, the file is fp16 \(1 of 2 heavy nodes\): second \(fp32\) with no reason on record"
+    for allowed in (frozenset(), {"first"}, {"pool"}):
+        with pytest.raises(BackendError, match=said):
+            check_written(path, opset=20, precision="fp16", allowed=allowed)
+    assert check_written(path, opset=20, precision="fp16", allowed={"second"}).nodes["Conv"] == {"fp16": 1, "fp32": 1}
+    with pytest.raises(BackendError, match=r"asked for fp32, the file is fp16 \(1 of 2 heavy nodes\): first \(fp16\)"):
+        check_written(path, opset=20, precision="fp32")
+
+
+def test_no_reason_makes_a_float32_file_a_float16_one(tmp_path):
+    with pytest.raises(BackendError, match="no convolution or matrix product of the file computes in it"):
+        check_written(conv_classifier(tmp_path / "m.onnx"), opset=20, precision="fp16", allowed={"conv"})
+
+
+def test_only_the_first_few_of_many_nodes_are_named(tmp_path):
+    model = onnx.load(conv_classifier(tmp_path / "m.onnx", HALF))
+    for i in range(4):
+        model.graph.node.append(helper.make_node("Conv", ["images", "float"], [f"o{i}"], f"more{i}"))
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones((4, 3, 1, 1), np.float32), "float"))
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(BackendError, match=r"more0 \(fp32\), more1 \(fp32\), more2 \(fp32\), \.\.\. with no reason"):
+        check_written(tmp_path / "m.onnx", opset=20, precision="fp16")
+
+
 def test_another_opset_and_a_baked_in_batch_are_refused(tmp_path):
     path = conv_classifier(tmp_path / "m.onnx")
     with pytest.raises(BackendError, match="asked for opset 18, the file has 20"):

@@ -18,6 +18,7 @@ value of it rounded to float16, one tensor after the other; that is what a GPU c
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -32,7 +33,8 @@ from mcruntime.cgroup import available_threads
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from mcdeploy.backends.onnx import MAX_INLINE_BYTES, data_file
+from mcdeploy.backends import onnx as exporter
+from mcdeploy.backends.onnx import data_file
 from mcdeploy.backends.readback import FileFacts, check_written, read_facts, type_of_nodes
 from mcdeploy.errors import BackendError, InputError, MissingExtraError, ParityError
 
@@ -75,6 +77,11 @@ class Fp16Report:
     max_abs: float  # largest difference of a logit from float32, relative to the largest |logit|; every tensor rounded
     top1_agreement: float  # share of images with the same predicted class
     max_abs_onnxruntime: float  # the same in ONNX Runtime on this machine's CPU
+
+    @property
+    def float_nodes(self) -> frozenset[str]:
+        """Names of the nodes that are float32 for a reason that is written down; for ``check_written``."""
+        return frozenset(node.node for node in self.kept)
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "file": self.file.to_json()}
@@ -120,7 +127,7 @@ def to_fp16(
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
         part = save_model(half, Path(folder) / target.name)
-        facts = _check(part, opset)
+        facts = _check(part, opset, frozenset(node.node for node in kept))
         tell("fp16: comparing", 0.5)
         before_BN = run_all(str(source), calibration)
         tell("fp16: comparing", 0.6)
@@ -212,30 +219,87 @@ def open_session(model: str | onnx.ModelProto, *, optimise: bool = True) -> Any:
     options.intra_op_num_threads = available_threads()
     if not optimise:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    given = model if isinstance(model, str) else model.SerializeToString()
-    try:
-        return onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's errors share no base class but this
-        name = model if isinstance(model, str) else "the converted model"
-        raise BackendError(f"{name}: ONNX Runtime cannot load it: {str(error)[:200]}; please report it") from error
+    with tempfile.TemporaryDirectory() as folder:
+        given: str | bytes
+        if isinstance(model, str):
+            given = model
+        elif _is_large(model):  # a protobuf message ends at 2 GiB
+            given = str(save_model(model, Path(folder) / "model.onnx"))
+        else:
+            given = model.SerializeToString()
+        try:
+            return onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's errors share no base class but this
+            name = model if isinstance(model, str) else "the converted model"
+            raise BackendError(f"{name}: ONNX Runtime cannot load it: {str(error)[:200]}; please report it") from error
 
 
 def save_model(model: onnx.ModelProto, path: Path) -> Path:
-    """Write a model, with its weights beside it where they are too many for one file."""
-    if model.ByteSize() > MAX_INLINE_BYTES:
+    """Write a model, with its weights in ``data_file(path)`` where they are too many for one file."""
+    if _is_large(model):
+        data_file(path).unlink(missing_ok=True)  # onnx would append to it
         onnx.save(model, path, save_as_external_data=True, location=data_file(path).name, size_threshold=1024)
+        # onnx has taken the weights out of the model; the caller goes on with it
+        onnx.load_external_data_for_model(model, str(path.parent))
     else:
         path.write_bytes(model.SerializeToString(deterministic=True))
     return path
 
 
 def put_in_place(part: Path, target: Path) -> None:
-    """Replace a model: weights first, so that it never points at missing ones."""
+    """Replace a model and the file of its weights: weights first, so that it never points at missing ones."""
     if data_file(part).exists():
+        _point_at(part, data_file(target).name)
         os.replace(data_file(part), data_file(target))
+        os.replace(part, target)
     else:
+        os.replace(part, target)
         data_file(target).unlink(missing_ok=True)
-    os.replace(part, target)
+
+
+def _point_at(path: Path, data: str) -> None:
+    """Have a model file read its weights from another file beside it."""
+    model = onnx.load(path, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = data
+    path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def infer_types(model: onnx.ModelProto, *, strict: bool = False) -> None:
+    """Note the type and shape of every value down in the model, in place.
+
+    onnx's own function makes one message of the whole model, and a message ends at 2 GiB. So it is shown the weights of
+    a large model without their numbers, which it does not need.
+    """
+    aside: list[tuple[onnx.TensorProto, bytes]] = []
+    if _is_large(model):
+        aside = [(tensor, tensor.raw_data) for tensor in model.graph.initializer if _num_bytes(tensor) > 1024]
+    try:
+        for tensor, _ in aside:
+            tensor.ClearField("raw_data")
+            tensor.data_location = TensorProto.EXTERNAL
+        inferred = onnx.shape_inference.infer_shapes(model, strict_mode=strict)
+    finally:
+        for tensor, numbers in aside:
+            tensor.raw_data = numbers
+            tensor.ClearField("data_location")
+    for old, new in (
+        (model.graph.value_info, inferred.graph.value_info),
+        (model.graph.output, inferred.graph.output),
+    ):
+        del old[:]
+        old.extend(new)
+
+
+def _is_large(model: onnx.ModelProto) -> bool:
+    """Whether its weights go into a file of their own."""
+    return sum(map(_num_bytes, model.graph.initializer)) > exporter.MAX_INLINE_BYTES
+
+
+def _num_bytes(tensor: onnx.TensorProto) -> int:
+    return math.prod(tensor.dims) * int(helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
 
 
 @dataclass(frozen=True)
@@ -288,8 +352,8 @@ class _Watch:
         self.wanted: dict[str, tuple[str, str]] = {}  # output -> (tensor or node, "peak", "sum", "from" or "to")
         self._absolute: dict[str, str] = {}
         self._windows = {node.name: _window(node) for node in model.graph.node if node.op_type in MEANS}
+        floats = _float_tensors(self.model)
         del self.model.graph.value_info[:]
-        floats = _float_tensors(model)
         for name in sorted(floats):
             peak = self._add("ReduceMax", [self._abs(name)], f"{name}//peak", keepdims=0)
             self._hand_out(peak, TensorProto.FLOAT, (name, "peak"))
@@ -334,9 +398,9 @@ class _Watch:
 
 
 def _float_tensors(model: onnx.ModelProto) -> set[str]:
-    """Names of all float32 values that are no weights."""
-    inferred = onnx.shape_inference.infer_shapes(model)
-    values = (*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output)
+    """Names of all float32 values that are no weights; their types are noted down in the model."""
+    infer_types(model)
+    values = (*model.graph.input, *model.graph.value_info, *model.graph.output)
     return {value.name for value in values if value.type.tensor_type.elem_type == TensorProto.FLOAT}
 
 
@@ -390,15 +454,19 @@ def _convert(model: onnx.ModelProto, keep: list[str]) -> onnx.ModelProto:
 
     copied = onnx.ModelProto()
     copied.CopyFrom(model)
+    infer_types(copied)  # the library's own way to do it ends at 2 GiB
     # The library's own list of operators to keep is about kernels that a provider may lack; it casts by itself then.
-    half = convert_float_to_float16(copied, keep_io_types=True, op_block_list=[], node_block_list=keep)
+    half = convert_float_to_float16(
+        copied, keep_io_types=True, disable_shape_infer=True, op_block_list=[], node_block_list=keep
+    )
     _drop_repeated(half.graph)
     graph_model = onnx_ir.from_proto(half)
     graph_model.graph.sort()
     _drop_detours(graph_model.graph)
     tidy = onnx_ir.to_proto(graph_model)
     del tidy.graph.value_info[:]  # some still name the type before the conversion
-    return onnx.shape_inference.infer_shapes(tidy, strict_mode=True)
+    infer_types(tidy, strict=True)
+    return tidy
 
 
 def _drop_repeated(graph: onnx.GraphProto) -> None:
@@ -481,12 +549,12 @@ def _as_float32(tensor: onnx.TensorProto) -> onnx.TensorProto:
     return numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name)
 
 
-def _check(path: Path, opset: int) -> FileFacts:
+def _check(path: Path, opset: int, kept: Collection[str]) -> FileFacts:
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except Exception as error:  # the checker's errors share no base class
         raise BackendError(f"{path.name}: the converted model is not valid ONNX: {str(error)[:300]}") from error
-    return check_written(path, opset=opset, precision="fp16")
+    return check_written(path, opset=opset, precision="fp16", allowed=kept)
 
 
 def _distance(before_BN: NDArray[np.float64], after_BN: NDArray[np.float64]) -> tuple[float, float]:

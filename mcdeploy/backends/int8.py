@@ -3,7 +3,7 @@
 The calibration images give every tensor its range, once. Then
 
 1. convolutions in groups, depthwise ones included, are timed both ways, each distinct one in its context, and
-   quantised only where that is not slower;
+   quantised only where that is clearly not slower, see ``_time``;
 2. everything else that may be is quantised, residual additions and pools too, so that the chain stays in 8 bits;
 3. if top-1 falls by more than was allowed, every layer is quantised alone, and the layers that move the logits most go
    back to float32, as few as hold the floor;
@@ -13,6 +13,9 @@ The file has two forms, because no one form is good for both runtimes; see ``For
 convolution or Gemm with float32 weights stands between DQ and Q, ONNX Runtime quantises those weights by itself when it
 loads the model, with one scale for all channels: what was left out on purpose comes back, worse. A DQ with one
 scale a channel, all of them equal, before such a layer changes no number and keeps ONNX Runtime from that.
+
+What was timed decides which layers are quantised, so it decides about the file. The times themselves are not in
+``Int8Report.to_json()``: the same decisions give the same report, byte for byte, whatever else the machine did.
 """
 
 from __future__ import annotations
@@ -36,11 +39,13 @@ from mcdeploy.backends.fp16 import (
     Progress,
     check_calibration,
     hash_images,
+    infer_types,
     load_fp32,
     put_in_place,
     run_all,
     save_model,
 )
+from mcdeploy.backends.onnx import data_file
 from mcdeploy.backends.readback import HEAVY, FileFacts, check_written, heavy_types, running_types, type_of_nodes
 from mcdeploy.errors import AccuracyError, BackendError, InputError, MissingExtraError
 
@@ -58,7 +63,11 @@ Measure = Callable[[Path, Path, Images], Ratio]
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Add")  # each of these is counted, and may be left out
 FOLLOWERS = ("MaxPool", "AveragePool", "GlobalAveragePool", "Concat", "Flatten", "Reshape", "Transpose", "Squeeze")
 ACTIVATIONS = ("Relu", "Clip")  # part of the layer before them
+# What ONNX Runtime writes Q and DQ behind when it loads a file and a DQ is before it.
+PASS_ON = ("MaxPool", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice")
 SENSITIVITY_IMAGES = 32
+TIMES = 3  # how often a convolution in groups is timed at most
+CLEARLY = 0.9  # of the float32 time: as fast as this has int8 to look where no measurement is clear
 UNREAD = "nothing reads it in 8 bits"
 
 
@@ -68,7 +77,7 @@ class GroupChoice:
 
     nodes: tuple[str, ...]  # all of this kind; the first was timed
     shape: str  # such as "C 96 -> 96, groups 96, 3x3, stride 2, input 112x112"
-    ratio: Ratio | None  # of 8 bits to float32; None: nothing to measure with
+    ratio: Ratio | None  # of 8 bits to float32, the one that decided; None: nothing to measure with
     quantised: bool
 
 
@@ -112,8 +121,18 @@ class Int8Report:
     calibration: str  # hash of the images
     num_images: int
 
-    def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "file": self.file.to_json()}
+    @property
+    def float_nodes(self) -> frozenset[str]:
+        """Names of the nodes that are float32 for a reason that is written down; for ``check_written``."""
+        return frozenset(row.node for row in self.layers if row.runs_in != "int8" and row.why != UNREAD)
+
+    def to_json(self, *, with_times: bool = False) -> dict[str, Any]:
+        """For a file that is hashed, or with what was timed, which no second run repeats."""
+        told = {**asdict(self), "file": self.file.to_json()}
+        if not with_times:
+            for choice in told["groups"]:
+                del choice["ratio"]
+        return told
 
 
 def to_int8(
@@ -139,8 +158,8 @@ def to_int8(
         top1_of: runs a labelled validation set through a file; a share, 0..1.
         baseline_top1: of the float32 model on the same set.
         max_top1_drop: how much of it may be lost, as a share: 0.01 is one point of a hundred.
-        measure: times the second file against the first, in the runtime that the form is for; without it convolutions
-            in groups stay float32.
+        measure: times the second file against the first, in the runtime that the form is for; asked up to 3 times about
+            each distinct convolution in groups, until the answer is clear. Without it they stay float32.
         form: what the file is for, see ``Form``.
         per_channel: one scale for every output channel of the weights, or one for all.
         sensitivity: measure every layer alone even where the first attempt holds the floor.
@@ -167,7 +186,7 @@ def to_int8(
         layers = quantiser.layers()
         if not layers:
             raise BackendError(f"{source}: no convolution, matrix product or addition to quantise; ship fp32 or fp16")
-        groups = _choose_groups(quantiser, calibration, measure, lambda share: tell("int8: groups", 0.1 + 0.3 * share))
+        groups = _choose_groups(quantiser, measure, lambda share: tell("int8: groups", 0.1 + 0.3 * share))
         slow = {node for choice in groups if not choice.quantised for node in choice.nodes}
         may_be = [node for node in layers if node.name not in slow]
         if not any(node.op_type in HEAVY for node in may_be):
@@ -177,21 +196,22 @@ def to_int8(
             )
         search = _Search(quantiser, slow, may_be, calibration, top1_of, baseline_top1 - max_top1_drop - 1e-9, tell)
         part, top1 = search.run(sensitivity)
-        part = quantiser.shipped(part)
-        file, running, types = _read_back(part, quantiser, source, form)
-        put_in_place(part, target)
+        final = Path(folder) / target.name  # its name is in the file where the weights lie beside it
+        put_in_place(quantiser.shipped(part), final)
+        reasons = (
+            quantiser.not_quantisable
+            | {name: "left out to hold the accuracy floor" for name in search.excluded}
+            | {node: _why_slow(choice) for choice in groups if not choice.quantised for node in choice.nodes}
+        )
+        file, running, types = _read_back(final, quantiser, source, form, reasons.keys())
+        put_in_place(final, target)
     tell("int8: done", 1.0)
-    reasons = {name: "left out to hold the accuracy floor" for name in search.excluded} | {
-        node: _why_slow(choice) for choice in groups if not choice.quantised for node in choice.nodes
-    }
     rows = tuple(
         Int8Layer(
             node.name,
             node.op_type,
             types.get(node.name, "fp32"),
-            ""
-            if types.get(node.name) == "int8"
-            else reasons.get(node.name) or _why_not(node, quantiser.model) or UNREAD,
+            "" if types.get(node.name) == "int8" else reasons.get(node.name, UNREAD),
         )
         for node in model.graph.node
         if node.op_type in LAYERS
@@ -237,6 +257,7 @@ class _Quantiser:
             [*LAYERS, *FOLLOWERS, *ACTIVATIONS],
             augmented_model_path=str(folder / "watched.onnx"),
             calibrate_method=CalibrationMethod.MinMax,
+            use_external_data_format=data_file(path).exists(),
         )
         calibrator.collect_data(_Reader(model.graph.input[0].name, calibration))
         self.ranges = calibrator.compute_data()
@@ -246,10 +267,27 @@ class _Quantiser:
                 self.readers.setdefault(name, []).append(node)
         self.constants = {tensor.name for tensor in self.model.graph.initializer}
         self.values = {value.name: value for value in (*self.model.graph.value_info, *self.model.graph.input)}
+        found = {node.name: self._why_not(node) for node in self.model.graph.node if node.op_type in LAYERS}
+        self.not_quantisable = {name: why for name, why in found.items() if why}
+
+    def _why_not(self, node: onnx.NodeProto) -> str:
+        """Why the quantiser does not take this layer; empty where it does."""
+        if node.op_type == "Add":
+            if self.constants & set(node.input):
+                return "adds a constant"
+            values = self.values | {value.name: value for value in self.model.graph.output}
+            kinds = {values[name].type.tensor_type.elem_type for name in node.input if name in values}
+            return "" if kinds == {onnx.TensorProto.FLOAT} else "adds integers"
+        if node.input[1] not in self.constants:
+            return "its weights are computed"
+        if _attribute(node, "group", 1) > 1 and node.op_type == "ConvTranspose":
+            return "a transposed convolution in groups"
+        return ""
 
     def layers(self) -> list[onnx.NodeProto]:
         """Nodes that can be quantised, in the order of the file."""
-        return [node for node in self.model.graph.node if node.op_type in LAYERS and not _why_not(node, self.model)]
+        nodes = self.model.graph.node
+        return [node for node in nodes if node.op_type in LAYERS and node.name not in self.not_quantisable]
 
     def write(self, name: str, *, leave_out: Collection[str] = (), only: Collection[str] | None = None) -> Path:
         """Quantise into a file of the working folder, for trials in ONNX Runtime.
@@ -303,7 +341,10 @@ class _Quantiser:
                 types,
                 options,
             )
-            return quantiser.quantize_model()
+            low = quantiser.quantize_model()
+        if not on_cpu and self.opset >= 21:
+            _quantise_behind(low)
+        return low
 
     def in_context(self, node: onnx.NodeProto, name: str) -> tuple[Path, Path]:
         """The layer alone between 8-bit neighbours, once in float32 and once in 8 bits, as files that are classifiers.
@@ -406,8 +447,10 @@ class _Search:
 
     def _attempt(self, count: int) -> tuple[Path, float]:
         out = [row.node for row in self.sensitivity[:count]]
-        part = self._quantiser.write(f"attempt-{count}.onnx", leave_out={*self._slow, *out})
-        check_written(part, opset=self._quantiser.opset, precision="int8")
+        quantiser = self._quantiser
+        part = quantiser.write(f"attempt-{count}.onnx", leave_out={*self._slow, *out})
+        allowed = {*self._slow, *out, *quantiser.not_quantisable}
+        check_written(part, opset=quantiser.opset, precision="int8", allowed=allowed)
         top1 = self._top1_of(part)
         self.attempts.append((count, top1))
         return part, top1
@@ -465,7 +508,7 @@ def _sensitivity(
 
 
 def _choose_groups(
-    quantiser: _Quantiser, images: Images, measure: Measure | None, told: Callable[[float], None]
+    quantiser: _Quantiser, measure: Measure | None, told: Callable[[float], None]
 ) -> tuple[GroupChoice, ...]:
     kinds: dict[str, list[onnx.NodeProto]] = {}
     for node in quantiser.layers():
@@ -479,9 +522,26 @@ def _choose_groups(
             choices.append(GroupChoice(names, shape, None, False))
             continue
         high, low = quantiser.in_context(nodes[0], f"group-{done}")
-        ratio = measure(high, low, quantiser.noise_for(nodes[0]))
-        choices.append(GroupChoice(names, shape, ratio, ratio[0] <= 1.0))
+        ratio, quantised = _time(measure, high, low, quantiser.noise_for(nodes[0]))
+        choices.append(GroupChoice(names, shape, ratio, quantised))
     return tuple(choices)
+
+
+def _time(measure: Measure, high: Path, low: Path, images: Images) -> tuple[Ratio, bool]:
+    """Whether int8 is worth it: the same answer on a quiet machine and a noisy one, as far as that can be had.
+
+    An interval that ends at 1 or below decides for int8, one that begins above 1 for float32. One with 1 inside decides
+    nothing: it is measured again, at most ``TIMES`` times. If none is clear, int8 has to look ``CLEARLY`` faster in the
+    median of them; else the layer stays float32, which costs no accuracy.
+    """
+    found: list[Ratio] = []
+    for _ in range(TIMES):
+        ratio = measure(high, low, images)
+        if ratio[2] <= 1.0 or ratio[1] > 1.0:
+            return ratio, ratio[2] <= 1.0
+        found.append(ratio)
+    middle = sorted(found)[TIMES // 2]
+    return middle, middle[0] <= CLEARLY
 
 
 def _signature(node: onnx.NodeProto, model: onnx.ModelProto) -> str:
@@ -503,25 +563,36 @@ def _signature(node: onnx.NodeProto, model: onnx.ModelProto) -> str:
 def _why_slow(choice: GroupChoice) -> str:
     if choice.ratio is None:
         return "in groups, and its int8 time was not measured"
-    return f"in groups, and {choice.ratio[0]:.2f} times as slow in int8 [{choice.ratio[1]:.2f}, {choice.ratio[2]:.2f}]"
+    return "in groups, and not clearly faster in int8"
 
 
-def _why_not(node: onnx.NodeProto, model: onnx.ModelProto) -> str:
-    """Why the quantiser does not take this layer; empty where it does."""
-    constants = {tensor.name for tensor in model.graph.initializer}
-    if node.op_type == "Add":
-        if constants & set(node.input):
-            return "adds a constant"
-        values = {value.name: value for value in (*model.graph.value_info, *model.graph.input, *model.graph.output)}
-        kinds = {values[name].type.tensor_type.elem_type for name in node.input if name in values}
-        if kinds != {onnx.TensorProto.FLOAT}:
-            return "adds integers"
-        return ""
-    if node.input[1] not in constants:
-        return "its weights are computed"
-    if _attribute(node, "group", 1) > 1 and node.op_type == "ConvTranspose":
-        return "a transposed convolution in groups"
-    return ""
+def _quantise_behind(model: onnx.ModelProto) -> None:
+    """Write Q and DQ behind whatever hands a DQ on unchanged. Those numbers are in 8 bits already: none changes.
+
+    ONNX Runtime does the same when it loads a file, with an ``output_dtype`` from opset 21 on. Then, on a CPU, it turns
+    signed into unsigned 8 bits, leaves that attribute as it was, and refuses its own node (its issue 25526). With our
+    pair in place it adds none.
+    """
+    graph = model.graph
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    one_scale = {tensor.name for tensor in graph.initializer if np.prod(tensor.dims) == 1}
+    waiting = [node for node in graph.node if node.op_type == "DequantizeLinear" and node.input[1] in one_scale]
+    while waiting:
+        before = waiting.pop()
+        for node in readers.get(before.output[0], []):
+            value = node.output[0]
+            if node.op_type not in PASS_ON or any(
+                after.op_type == "QuantizeLinear" for after in readers.get(value, [])
+            ):
+                continue
+            node.output[0], low, scale = f"{value}//passed_on", f"{value}//int8", before.input[1:]
+            quantise = helper.make_node("QuantizeLinear", [node.output[0], *scale], [low], f"{node.name}//Q")
+            graph.node.append(quantise)
+            graph.node.append(helper.make_node("DequantizeLinear", [low, *scale], [value], f"{node.name}//DQ"))
+            waiting.append(graph.node[-1])
 
 
 def _keep_from_requantising(model: onnx.ModelProto, names: Collection[str]) -> None:
@@ -599,17 +670,18 @@ def _tidied(model: onnx.ModelProto) -> onnx.ModelProto:
     for entry in [entry for entry in tidy.metadata_props if entry.key == "onnx.infer"]:
         tidy.metadata_props.remove(entry)
     del tidy.graph.value_info[:]
-    return onnx.shape_inference.infer_shapes(tidy, strict_mode=True)
+    infer_types(tidy, strict=True)
+    return tidy
 
 
 def _read_back(
-    path: Path, quantiser: _Quantiser, source: Path, form: Form
+    path: Path, quantiser: _Quantiser, source: Path, form: Form, allowed: Collection[str]
 ) -> tuple[FileFacts, dict[str, dict[str, int]], dict[str, str]]:
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except Exception as error:  # the checker's errors share no base class
         raise BackendError(f"{source}: the quantised model is not valid ONNX: {str(error)[:300]}") from error
-    facts = check_written(path, opset=quantiser.opset, precision="int8")
+    facts = check_written(path, opset=quantiser.opset, precision="int8", allowed=allowed)
     types = {node.name: kind for node, kind in type_of_nodes(onnx.load(path, load_external_data=False))}
     running = running_types(path)
     in_file, runs = heavy_types(facts.nodes).get("int8", 0), heavy_types(running).get("int8", 0)

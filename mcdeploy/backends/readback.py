@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +32,7 @@ HEAVY = frozenset(
         *("ConvInteger", "MatMulInteger", "MatMulIntegerToFloat"),
     }
 )
+NAMED = 3  # nodes in a message
 _INT8 = frozenset({"QGemm", "ConvInteger", "MatMulInteger", "MatMulIntegerToFloat"})  # beside QLinear*
 # Names of ONNX element types in tables; the rest keep their own in lower case.
 _SHORT = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16", "DOUBLE": "fp64", "UINT8": "int8"}
@@ -73,8 +74,10 @@ def read_facts(path: Path | str) -> FileFacts:
     Raises:
         BackendError: no such file, or no ONNX model.
     """
-    path = Path(path)
-    model = _load(path)
+    return _facts(Path(path), _load(Path(path)))
+
+
+def _facts(path: Path, model: onnx.ModelProto) -> FileFacts:
     external = tuple(sorted({entry.value for entry in _external(model.graph) if entry.key == "location"}))
     dim = model.graph.input[0].type.tensor_type.shape.dim[0] if _first_shape(model.graph) else None
     return FileFacts(
@@ -90,14 +93,22 @@ def read_facts(path: Path | str) -> FileFacts:
     )
 
 
-def check_written(path: Path | str, *, opset: int, precision: Precision) -> FileFacts:
+def check_written(
+    path: Path | str, *, opset: int, precision: Precision, allowed: Collection[str] = frozenset()
+) -> FileFacts:
     """Hold a file against what was asked for.
 
+    Args:
+        allowed: names of nodes that may compute in another type, because somebody wrote down why: ``float_nodes`` of
+            the report of a conversion.
+
     Raises:
-        BackendError: another opset, a fixed batch, an input or output that is not float32, or no Conv, Gemm or MatMul
-            that computes in the precision asked for.
+        BackendError: another opset, a fixed batch, an input or output that is not float32, a Conv, Gemm or MatMul that
+            computes in another precision and is not allowed to, or none that computes in the one asked for.
     """
-    facts = read_facts(path)
+    path = Path(path)
+    model = _load(path)
+    facts = _facts(path, model)
     if facts.opset != opset:
         raise BackendError(f"{path}: asked for opset {opset}, the file has {facts.opset}; ask for {facts.opset}")
     if not isinstance(facts.batch, str) or not facts.batch:
@@ -105,14 +116,23 @@ def check_written(path: Path | str, *, opset: int, precision: Precision) -> File
     for name, kind in {**facts.inputs, **facts.outputs}.items():
         if kind != "fp32":
             raise BackendError(f"{path}: {name} is {kind}, images and logits must stay float32; convert it again")
+    again = "export it again" if precision == "fp32" else "convert the fp32 file again"
     heavy = heavy_types(facts.nodes)
-    if precision == "fp32":
-        if set(heavy) - {"fp32"}:
-            raise BackendError(f"{path}: asked for fp32, the file is {facts.precision}; export it again")
-    elif not heavy.get(precision):
+    if precision != "fp32" and not heavy.get(precision):
         raise BackendError(
             f"{path}: asked for {precision}, but no convolution or matrix product of the file computes in it "
-            f"(found {_listed(heavy)}); convert the fp32 file again"
+            f"(found {_listed(heavy)}); {again}"
+        )
+    others = [
+        f"{node.name or node.op_type} ({kind})"
+        for node, kind in type_of_nodes(model)
+        if node.op_type in HEAVY and kind != precision and node.name not in allowed
+    ]
+    if others:
+        more = ", ..." if len(others) > NAMED else ""
+        raise BackendError(
+            f"{path}: asked for {precision}, the file is {facts.precision}: {', '.join(others[:NAMED])}{more} "
+            f"with no reason on record; {again}"
         )
     return facts
 
