@@ -160,7 +160,14 @@ def _runner_of(bundle: Bundle, provider: Provider, threads: int | None) -> Runne
     if bundle.model.backend == "tensorrt":
         assert bundle.model.engine is not None  # the manifest holds no other
         return AnyBatch(TensorRTRunner(bundle.model_path, name=name), bundle.model.engine.batch)
-    return OnnxRunner(bundle.model_path, provider=provider, threads=threads, name=name, spinning=False)
+    return OnnxRunner(
+        bundle.model_path,
+        provider=provider,
+        threads=threads,
+        name=name,
+        spinning=False,
+        types=bundle.model.precision,
+    )
 
 
 def _prove(bundle: Bundle, runner: Runner) -> str:
