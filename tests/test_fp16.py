@@ -105,6 +105,7 @@ def test_weights_too_many_for_one_file_lie_beside_the_float16_model(tmp_path, wi
     assert report.file == read_facts(folder / "half.onnx")
     assert report.file.external == ("half.onnx.data",)
     assert report.file.nodes == small.file.nodes
+    assert (folder / "half.onnx.data").stat().st_mode == (folder / "half.onnx").stat().st_mode
     assert (folder / "half.onnx.data").stat().st_size < 1.01 * small.file.size_bytes
     assert np.array_equal(
         run_all(str(folder / "half.onnx"), calibration), run_all(str(tmp_path / "small.onnx"), calibration)

@@ -241,6 +241,8 @@ def save_model(model: onnx.ModelProto, path: Path) -> Path:
         onnx.save(model, path, save_as_external_data=True, location=data_file(path).name, size_threshold=1024)
         # onnx has taken the weights out of the model; the caller goes on with it
         onnx.load_external_data_for_model(model, str(path.parent))
+        if data_file(path).exists():  # onnx makes it readable for its owner alone
+            data_file(path).chmod(path.stat().st_mode)
     else:
         path.write_bytes(model.SerializeToString(deterministic=True))
     return path
