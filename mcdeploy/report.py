@@ -409,9 +409,9 @@ def _int8(name: str, report: Mapping[str, Any]) -> str:
         rows = [(row["shape"], "int8" if row["quantised"] else "fp32") for row in report["groups"]]
         parts.append(html_table(("convolution in groups", "chosen"), rows))
     if report["sensitivity"]:
-        rows = [(row["node"], f"{row['snr_db']:.1f}", f"{row['top1_agreement']:.2%}") for row in report["sensitivity"]]
-        table = html_table(("this layer alone in 8 bits", "signal to noise of the logits, dB", "same class"), rows)
-        parts.append(f"<details><summary>Sensitivity, worst first ({len(rows)})</summary>{table}</details>")
+        alone = [(row["node"], f"{row['snr_db']:.1f}", f"{row['top1_agreement']:.2%}") for row in report["sensitivity"]]
+        table = html_table(("this layer alone in 8 bits", "signal to noise of the logits, dB", "same class"), alone)
+        parts.append(f"<details><summary>Sensitivity, worst first ({len(alone)})</summary>{table}</details>")
     return "".join(parts)
 
 
