@@ -354,3 +354,43 @@ def test_a_certificate_that_went_through_json_looks_the_same():
     assert render_report(ReportData("x", certificate=through_json)) == render_report(
         ReportData("x", certificate=CERTIFICATE)
     )
+
+
+def test_models_are_shown_with_types_accuracy_and_what_stayed_behind():
+    from mcdeploy.report import models_section
+
+    shared = {"accuracy": 0.9, "agreement": 0.985, "latency": ["batch 1: 2 [1, 3]"]}
+    models = {
+        "int8": {"file": "model.int8.onnx", "nodes": {"Conv": {"int8": 3, "fp32": 1}}, **shared},
+        "tensorrt-fp16": {"file": "m.plan", "nodes": {"layers": {"fp16": 7}}, **shared, "accuracy": None},
+    }
+    kept = {"node": "a/Conv", "operator": "Conv", "why": "sum", "peak": 1e5}
+    layers = [
+        {"node": "b/Conv", "runs_in": "fp32", "why": "in groups & slow"},
+        {"node": "c/Conv", "runs_in": "int8", "why": ""},
+    ]
+    int8 = {
+        "layers": layers, "residual_adds": [1, 2], "excluded": ["b/Conv"], "top1": 0.9, "baseline_top1": 0.91,
+        "max_top1_drop": 0.02, "groups": [{"shape": "Conv 8 -> 8, groups 8", "quantised": False}],
+        "sensitivity": [{"node": "c/Conv", "snr_db": 12.34, "top1_agreement": 0.5}],
+    }  # fmt: skip
+    made = {"fp16": {"limit": 32752.0, "num_images": 64, "kept": [kept]}, "int8": int8}
+    text = Page(render_report(ReportData("x", more={"Models": models_section(models, made)}))).text
+    for words in (
+        "Conv 3 int8, 1 fp32", "90.00%", "98.50%", "batch 1: 2 [1, 3]", "layers 7 fp16", "a/Conv",
+        "1 of 2 layers in 8 bits, 1 of 2 additions", "1 left out for accuracy", "in groups & slow", "12.3",
+        "Conv 8 -> 8, groups 8",
+    ):  # fmt: skip
+        assert words in text, words
+
+
+def test_a_departure_names_the_first_tensor_and_marks_what_is_beyond_the_limit():
+    from mcdeploy.report import departure_section
+
+    rows = [{"name": "a/Conv", "max_abs": 1e-7}, {"name": "<b>/Conv", "max_abs": float("inf")}]
+    found = {"hop": "onnx", "first": rows[1], "distances": rows, "limit": 1e-3}
+    text = Page(render_report(ReportData("x", more={"Where": departure_section(found)}))).text
+    assert "The first tensor that departs is that of <b>/Conv." in text
+    assert text.count("beyond") == 1
+    nowhere = departure_section({**found, "first": None, "distances": rows[:1]})
+    assert "between the last one and the logits" in nowhere
