@@ -170,7 +170,7 @@ def test_an_encrypted_key_asks_for_its_passphrase(tmp_path, monkeypatch):
 
 def test_a_passphrase_in_the_environment_does_not_hurt_a_plain_key(signed, keys, monkeypatch):
     monkeypatch.setenv(PASSPHRASE, "anything")
-    sign_bundle(signed, keys[0])
+    assert sign_bundle(signed, keys[0]) == verify_signature(signed, public(keys[0]))
 
 
 def test_the_two_halves_of_a_pair_are_told_apart(signed, keys, tmp_path):
