@@ -120,7 +120,7 @@ def prune_export(
         tuple[int, int, int] | None,
         typer.Option(
             metavar="MIN OPT MAX",
-            help="Batch sizes of an engine; of any model, MAX is verified and MIN and OPT are timed.",
+            help="Batch sizes of an engine; of any model all are timed, and MAX is verified.",
             min=1,
         ),
     ] = None,
@@ -251,6 +251,8 @@ def bench(
     with _extra("mcdeploy bench", "train"):
         from mcdeploy.bench_report import check_baseline, read_report
         from mcdeploy.profile import check_profiled
+    if baseline and json_file and baseline.resolve() == json_file.resolve():
+        raise InputError(f"--json {json_file}: is the baseline; give another file, or a slower run would replace it")
     if fail_if_slower and not baseline:
         raise InputError("--fail-if-slower: needs --baseline, the earlier bench to compare with")
     if plot and plot.suffix not in (".png", ".svg", ".pdf"):
@@ -573,7 +575,7 @@ def _prune_export(
             from mcruntime.signature import check_private_key
         check_private_key(sign)
     if config.sensitivity and "int8" not in config.precision:
-        raise InputError("--sensitivity: is about int8; add --precision int8, or leave it away")
+        raise InputError("--sensitivity, export.sensitivity: is about int8; add --precision int8, or leave it away")
     loaders = _loaders_of(_data_config(recipe.data, data))
     _same_classes(header["classes"], loaders.classes)
     dynamic = dynamic_stages(model)

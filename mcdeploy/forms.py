@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from mcruntime.batches import AnyBatch
 from mcruntime.engine import OnnxRunner, Runner
-from mcruntime.gpu import cache_folder
 from mcruntime.manifest import Engine, ModelFile
 from mcruntime.tensorrt import TensorRTRunner, facts_path
 from torch import nn
@@ -54,9 +53,12 @@ class Form:
 
     def runner(self, name: str) -> Runner:
         """For any batch; an engine splits and fills up what does not fit its profile."""
-        if self.engine is None:
-            return OnnxRunner(self.path, name=name)
-        return AnyBatch(TensorRTRunner(self.path, name=name), self.engine.batch)
+        runner = self.bare_runner(name)
+        return runner if self.engine is None else AnyBatch(runner, self.engine.batch)
+
+    def bare_runner(self, name: str) -> Runner:
+        """For timing: nothing lies between the caller and the model."""
+        return OnnxRunner(self.path, name=name) if self.engine is None else TensorRTRunner(self.path, name=name)
 
     def in_manifest(self, accuracy: float, tolerance: float) -> ModelFile:
         return ModelFile(
@@ -248,7 +250,6 @@ def _options(config: ExportConfig) -> EngineOptions:
         tf32=config.engine_tf32,
         version_compatible=config.engine_version_compatible,
         hardware_compatible=config.engine_hardware_compatible,
-        timing_cache=cache_folder("timing") / "timing.cache",
     )
 
 

@@ -112,7 +112,8 @@ def prune_export(
     part, old = out.with_name(f".{out.name}.part"), out.with_name(f".{out.name}.old")
     draft = None if program is None else program.with_name(f".{program.stem}.part.pt2")
     departure = out.with_name(out.name + DEPARTURE)
-    departure.unlink(missing_ok=True)
+    for stale in (departure, departure.with_suffix(".html")):
+        stale.unlink(missing_ok=True)
     _make_room(out, part)
     try:
         say("compile: freeze, prune, fold, certify")
@@ -141,7 +142,7 @@ def prune_export(
             logits = expected.infer(images)
         for key, agreement in agreements.items():
             _check_floor(key, agreement, config, is_calibrated=certificate.calibration is not None)
-        latency = _measure(forms, images, sorted({*config.batch[:2]}))
+        latency = _measure(forms, images, config.batch)
         (part / CERTIFICATE).write_text(json.dumps(certificate.to_json(), indent=2))
         np.savez(part / "selftest.npz", images=images, logits=logits)
         serve = next(iter(forms))
@@ -290,12 +291,18 @@ def _entered(forms: Mapping[str, Form]) -> Iterator[dict[str, Runner]]:
         yield {key: stack.enter_context(form.runner(key)) for key, form in forms.items()}
 
 
-def _measure(forms: Mapping[str, Form], images: Images, sizes: list[int]) -> list[Latency]:
-    """A second of every model at some batch sizes, interleaved: what to expect of them on this machine."""
+def _measure(forms: Mapping[str, Form], images: Images, batches: tuple[int, int, int]) -> list[Latency]:
+    """A second of every model at each batch size, interleaved: what to expect of them on this machine.
+
+    Batch 1 is among them wherever every model takes it, since it tells a server whether batches pay.
+    """
+    takes_one = all(form.engine is None for form in forms.values())
+    sizes = sorted({*batches, 1} if takes_one else {*batches})
     report = compare_latency(
-        [form.runner(key) for key, form in forms.items()],
+        [form.bare_runner(key) for key, form in forms.items()],
         {size: np.resize(images, (size, *images.shape[1:])) for size in sizes},
         seconds=MEASURE_SECONDS * len(forms),
+        min_rounds=4,
         reload=False,
     )
     facts = {runner.name: runner.facts for runner in report.runners}

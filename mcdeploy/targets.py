@@ -269,6 +269,8 @@ def open_runner(
 
             return OpenVINORunner(path, name=name, threads=threads)
         span = (min(batches), max(batches), max(batches))
+        if backend.endswith("tensorrt"):
+            _refuse_cpu_int8(path, target.name)
         if backend == "tensorrt":
             return _native_tensorrt(path, name, span, cold_l2, progress)
         types = _types_of(path) if backend == "onnx-tensorrt" else "fp32"
@@ -301,6 +303,21 @@ def _types_of(path: Path) -> Types:
 
     lowest = read_facts(path).precision.split()[0]
     return "fp16" if lowest == "fp16" else "int8" if lowest == "int8" else "fp32"
+
+
+def _refuse_cpu_int8(path: Path, name: str) -> None:
+    """TensorRT takes signed 8 bits with zero point 0 only; the int8 file for ONNX Runtime's CPU kernels is another.
+
+    Raises:
+        BackendError: it is such a file.
+    """
+    graph = onnx.load(path, load_external_data=False).graph
+    unsigned = {tensor.name for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.UINT8}
+    if any(node.op_type == "QuantizeLinear" and unsigned & set(node.input[2:]) for node in graph.node):
+        raise BackendError(
+            f"{name}: its int8 file is the one for CPUs, which TensorRT refuses; "
+            "prune-export --backend tensorrt --precision int8 makes an engine"
+        )
 
 
 def _native_tensorrt(

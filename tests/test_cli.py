@@ -317,13 +317,20 @@ def a_key_that_is_not_there(tmp_path, run):
     return "prune-export", run, "--sign", tmp_path / "key", "--out", tmp_path / "b"
 
 
+@wrong(2, "is the baseline; give another file")
+def a_result_that_would_replace_its_baseline(tmp_path, run):
+    path = tmp_path / "b.json"
+    path.write_text("{}")
+    return "bench", run / "bundle", "resnet_digits", "--baseline", path, "--json", path
+
+
 @wrong(2, "is no ed25519 private key")
 def a_key_that_is_none(tmp_path, run):
     (tmp_path / "key").write_text("hello")
     return "prune-export", run, "--sign", tmp_path / "key", "--out", tmp_path / "b"
 
 
-@wrong(2, "--sensitivity: is about int8")
+@wrong(2, "--sensitivity, export.sensitivity: is about int8")
 def a_sensitivity_of_nothing(tmp_path, run):
     return "prune-export", run, "--sensitivity", "--out", tmp_path / "b"
 

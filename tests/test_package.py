@@ -86,7 +86,7 @@ def test_the_manifest_says_where_it_comes_from_and_how_fast_it_was(shipped, run)
     assert manifest.recipe["train"]["epochs"] == 3
     assert {"checkpoint", "recipe", "calibration images"} <= set(manifest.parents)
     assert {(row.model, row.batch) for row in manifest.latency} == {
-        (precision, batch) for precision in ("fp32", "fp16", "int8") for batch in (1, 4)
+        (precision, batch) for precision in ("fp32", "fp16", "int8") for batch in (1, 4, 11)
     }
     assert all(row.p50_ms > 0 and row.machine["cpu"] for row in manifest.latency)
     assert set(json.loads((shipped.bundle.folder / "reports" / "int8.json").read_text()))
@@ -200,7 +200,7 @@ def test_the_recipes_engine_options_reach_the_builder(run, quick, engines, tmp_p
     assert (options.workspace_bytes, options.optimization_level, options.tf32) == (3 << 20, 5, True)
     assert (options.version_compatible, options.hardware_compatible) == (True, "ampere-plus")
     assert options.batches == (1, 8, 32)
-    assert options.timing_cache.name == "timing.cache"
+    assert options.timing_cache is None, "so that the cache picks the one of this TensorRT and GPU"
 
 
 def test_an_engine_that_is_off_says_that_its_file_was_not(run, quick, engines, tmp_path, monkeypatch):

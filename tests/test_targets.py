@@ -261,3 +261,33 @@ def test_a_truncated_program_is_one_sentence_without_torchs_traceback(tmp_path):
         assert said == ["others are heard again"]
     finally:
         logger.removeHandler(handler)
+
+
+def test_the_int8_file_for_cpus_is_not_offered_to_tensorrt(tmp_path):
+    from contextlib import ExitStack
+
+    import numpy as np
+    from onnx import TensorProto, helper
+    from tiny_onnx import write_graph
+
+    from mcdeploy.errors import BackendError
+    from mcdeploy.targets import Target, open_runner
+
+    def file(zero):
+        nodes = [
+            helper.make_node("QuantizeLinear", ["image", "scale", "zero"], ["q"]),
+            helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["back"]),
+            helper.make_node("Flatten", ["back"], ["logits"]),
+        ]
+        image = helper.make_tensor_value_info("image", TensorProto.FLOAT, ["batch", 3, 2, 2])
+        logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 12])
+        weights = {"scale": np.array(0.1, np.float32), "zero": zero}
+        return write_graph(tmp_path / f"{zero.dtype}.onnx", nodes, [image], [logits], weights)
+
+    with ExitStack() as stack:
+        cpu = Target("cpu", onnx=file(np.array(3, np.uint8)))
+        with pytest.raises(BackendError, match="is the one for CPUs, which TensorRT refuses"):
+            open_runner(cpu, "onnx-tensorrt", stack, image_size=2, threads=1)
+        signed = Target("signed", onnx=file(np.array(0, np.int8)))
+        open_runner(signed, "onnx-tensorrt", stack, image_size=2, threads=1)
+        open_runner(cpu, "onnx", stack, image_size=2, threads=1)

@@ -46,6 +46,8 @@ class AnyBatch:
         """See ``Runner``."""
         if not isinstance(images, np.ndarray) or images.ndim != 4 or not len(images):
             return self._runner.infer(images)  # which says what is wrong with them
+        if self._smallest <= len(images) <= self._largest:
+            return self._runner.infer(images)
         parts = [images[start : start + self._largest] for start in range(0, len(images), self._largest)]
         return np.concatenate([self._filled(part_BCHW) for part_BCHW in parts])
 

@@ -277,7 +277,7 @@ def infer_types(model: onnx.ModelProto, *, strict: bool = False) -> None:
     """
     aside: list[tuple[onnx.TensorProto, bytes]] = []
     if _is_large(model):
-        aside = [(tensor, tensor.raw_data) for tensor in model.graph.initializer if _num_bytes(tensor) > 1024]
+        aside = [(tensor, tensor.raw_data) for tensor in model.graph.initializer if len(tensor.raw_data) > 1024]
     try:
         for tensor, _ in aside:
             tensor.ClearField("raw_data")

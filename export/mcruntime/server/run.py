@@ -18,7 +18,7 @@ import uvicorn
 
 from mcruntime.batches import AnyBatch
 from mcruntime.bundle import Bundle, load_bundle
-from mcruntime.engine import OnnxRunner, Provider, Runner
+from mcruntime.engine import DEFAULT_BATCHES, OnnxRunner, Provider, Runner
 from mcruntime.errors import InputError, McdeployError
 from mcruntime.server.app import App, ServedModel
 from mcruntime.server.executor import Executor
@@ -158,9 +158,14 @@ def _load_all(paths: Sequence[Path], require_signature: Path | None) -> list[Bun
 def _runner_of(bundle: Bundle, provider: Provider, threads: int | None) -> Runner:
     name = bundle.manifest.name
     if bundle.model.backend == "tensorrt":
+        if provider != "cpu":
+            raise InputError(
+                f"{bundle.folder}: is a TensorRT engine, which runs without ONNX Runtime; leave --provider {provider} "
+                "away, or name another model of the bundle"
+            )
         assert bundle.model.engine is not None  # the manifest holds no other
         return AnyBatch(TensorRTRunner(bundle.model_path, name=name), bundle.model.engine.batch)
-    return OnnxRunner(
+    runner = OnnxRunner(
         bundle.model_path,
         provider=provider,
         threads=threads,
@@ -168,6 +173,7 @@ def _runner_of(bundle: Bundle, provider: Provider, threads: int | None) -> Runne
         spinning=False,
         types=bundle.model.precision,
     )
+    return AnyBatch(runner, DEFAULT_BATCHES) if provider == "tensorrt" else runner
 
 
 def _prove(bundle: Bundle, runner: Runner) -> str:
