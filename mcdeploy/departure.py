@@ -18,15 +18,14 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from mcdeploy.backends.fp16 import open_session
 from mcdeploy.backends.onnx import SCOPES
 
 AT_ONCE = 16  # tensors fetched by one run
-Arrays = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -74,10 +73,10 @@ def between_files(before: Path, after: Path, images: NDArray[np.float32], limit:
     common = {value: name for value, name in _float_values(first).items() if value in theirs}
 
     def fetch(part: Sequence[str]) -> dict[str, NDArray[Any]]:
-        values = _fetch(second, after, [rounded.get(name, name) for name in part], images)
+        values = _fetch(second, [rounded.get(name, name) for name in part], images)
         return {name: values[rounded.get(name, name)] for name in part if rounded.get(name, name) in values}
 
-    return _departure(_pairs(common, lambda part: _fetch(first, before, part, images), fetch), limit)
+    return _departure(_pairs(common, lambda part: _fetch(first, part, images), fetch), limit)
 
 
 def between_modules(before: nn.Module, after: nn.Module, images: Tensor, limit: float) -> Departure:
@@ -99,7 +98,7 @@ def between_module_and_file(before: nn.Module, after: Path, images: Tensor, limi
     common = {name: name for name in _order(before, images) if name in made_by}
 
     def fetch(part: Sequence[str]) -> dict[str, NDArray[Any]]:
-        values = _fetch(model, after, [made_by[name] for name in part], images.numpy())
+        values = _fetch(model, [made_by[name] for name in part], images.numpy())
         ours = _watch(before, part, images)  # a module may hand on another value than its last node's
         return {
             name: values[made_by[name]]
@@ -172,19 +171,13 @@ def _values_of_modules(model: onnx.ModelProto) -> dict[str, str]:
     return made_by
 
 
-def _fetch(
-    model: onnx.ModelProto, path: Path, values: Sequence[str], images: NDArray[np.float32]
-) -> dict[str, NDArray[Any]]:
+def _fetch(model: onnx.ModelProto, values: Sequence[str], images: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
     """Some values of a file for some images, on the CPU, without fusions that would make a value disappear."""
     shown = onnx.ModelProto()
     shown.CopyFrom(model)
     del shown.graph.output[:]
     shown.graph.output.extend(onnx.ValueInfoProto(name=value) for value in values)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(shown.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    answers = session.run(list(values), {model.graph.input[0].name: images})
+    answers = open_session(shown, optimise=False).run(list(values), {model.graph.input[0].name: images})
     return {
         value: answer
         for value, answer in zip(values, answers, strict=True)

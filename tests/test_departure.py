@@ -76,3 +76,14 @@ def test_a_nan_counts_as_a_departure(tmp_path, compiled):
     first = between_files(tmp_path / "a.onnx", tmp_path / "b.onnx", images(2, 16).numpy(), 1e9).first
     assert first.name == "conv1/Conv"
     assert first.max_abs == float("inf")
+
+
+def test_models_too_large_for_one_message_are_looked_into_as_well(tmp_path, compiled, monkeypatch):
+    from mcdeploy.backends import onnx as exporter
+
+    monkeypatch.setattr(exporter, "MAX_INLINE_BYTES", 1000)
+    export_onnx(compiled, tmp_path / "a.onnx", images(2, 16))
+    assert exporter.data_file(tmp_path / "a.onnx").exists()
+    found = between_files(tmp_path / "a.onnx", tmp_path / "a.onnx", images(2, 16).numpy(), 1e-6)
+    assert len(found.distances) > 20
+    assert found.first is None

@@ -213,7 +213,7 @@ def open_session(model: str | onnx.ModelProto, *, optimise: bool = True) -> Any:
     try:
         import onnxruntime
     except ImportError:
-        raise MissingExtraError("converting to fp16 or int8", "onnxruntime", "cpu") from None
+        raise MissingExtraError("looking inside an ONNX model", "onnxruntime", "cpu") from None
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = available_threads()
