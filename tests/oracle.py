@@ -1,0 +1,301 @@
+"""Ask a real Triton what it answers to every case of ``oracle_cases``, and store that as the golden answers.
+
+Triton runs on the CPU from the wheel ``nvidia-pytriton``; it is an oracle, never a dependency, and listens on 127.0.0.1
+only. It has no ONNX Runtime backend, so its Python backend runs ``onnxruntime`` on the very model of our bundle:
+
+    python3.11 -m venv TRITON && TRITON/bin/pip install nvidia-pytriton==0.7.0 onnxruntime
+    PYTHONPATH=tests python -m oracle record TRITON      writes tests/golden/triton_rest.json and triton_grpc.json
+    PYTHONPATH=tests python -m oracle check TRITON       the same, but compares with what is stored
+    PYTHONPATH=tests python -m oracle compare            replays against our own server and prints every difference
+
+``test_oracle.py`` replays the cases against our server and needs no Triton.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import gzip
+import http.client
+import itertools
+import json
+import math
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+from google.protobuf import json_format
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from oracle_cases import GRPC_CASES, REST_CASES, Call, Step
+from tiny_onnx import LABELS, write_model
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+GOLDEN = Path(__file__).parent / "golden"
+HEADERS = ("Content-Type", "Content-Encoding", "Inference-Header-Content-Length", "Allow", "Accept-Encoding")
+VOLATILE = ("ns", "last_inference")  # numbers of the clock: only their type is compared
+WAIT_S = 5.0  # for a state that a request asked for, such as "unloaded"
+
+MODEL_PY = '''\
+"""The ONNX model beside this file, through onnxruntime."""
+
+import json
+import math
+import os
+
+import numpy as np
+import onnxruntime
+import triton_python_backend_utils as pb_utils
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        folder = os.path.join(args["model_repository"], args["model_version"])
+        self.session = onnxruntime.InferenceSession(os.path.join(folder, "model.onnx"))
+
+    def execute(self, requests):
+        images = [pb_utils.get_input_tensor_by_name(request, "image").as_numpy() for request in requests]
+        (logits,) = self.session.run(None, {"image": np.concatenate(images)})
+        parts = np.split(logits, np.cumsum([len(part) for part in images])[:-1])
+        return [pb_utils.InferenceResponse([pb_utils.Tensor("logits", part)]) for part in parts]
+'''
+CONFIG = """\
+name: "tiny"
+backend: "python"
+max_batch_size: 4
+input [ { name: "image" data_type: TYPE_FP32 dims: [3, 8, 8] } ]
+output [ { name: "logits" data_type: TYPE_FP32 dims: [4] label_filename: "labels.txt" } ]
+dynamic_batching { }
+instance_group [ { kind: KIND_CPU count: 1 } ]
+"""
+
+
+# REST
+
+
+def replay_rest(port: int) -> dict[str, list[Any]]:
+    """The answers of the server at 127.0.0.1:port to every REST case, by name: one for each step."""
+    return {name: [send(port, step) for step in steps] for name, steps in REST_CASES.items()}
+
+
+def send(port: int, step: Step) -> dict[str, Any]:
+    """One request over a connection of its own, and its answer in a form that can be stored and compared."""
+    deadline = time.monotonic() + WAIT_S
+    while True:
+        answer = _send_once(port, step)
+        if step.until is None or step.until.items() <= answer.items() or time.monotonic() > deadline:
+            return answer
+        time.sleep(0.05)
+
+
+def _send_once(port: int, step: Step) -> dict[str, Any]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    try:
+        connection.putrequest(step.method, step.path, skip_accept_encoding=True)
+        for key, value in step.headers.items():
+            connection.putheader(key, value)
+        if step.method == "POST" and "Transfer-Encoding" not in step.headers:
+            connection.putheader("Content-Length", str(len(step.body)))
+        connection.endheaders(step.body or None)
+        response = connection.getresponse()
+        return _readable(response.status, response.headers, response.read(), step)
+    finally:
+        connection.close()
+
+
+def _readable(status: int, headers: Any, body: bytes, step: Step) -> dict[str, Any]:
+    kept = {key: headers[key] for key in HEADERS if key in headers}
+    answer: dict[str, Any] = {"status": status, "headers": kept}
+    if encoding := kept.get("Content-Encoding"):
+        body = gzip.decompress(body) if encoding == "gzip" else zlib.decompress(body)
+    if "Inference-Header-Content-Length" in kept:
+        length = int(kept["Inference-Header-Content-Length"])
+        body, answer["binary"] = body[:length], base64.b64encode(body[length:]).decode()
+    try:
+        tree = json.loads(body)
+    except ValueError:
+        answer["text"] = body.decode("latin-1")
+    else:
+        answer["json"] = _masked({key: tree[key] for key in step.keep} if step.keep and status == 200 else tree)
+    return answer
+
+
+def _masked(tree: Any) -> Any:
+    """Numbers that depend on the clock as the word "number"."""
+    if isinstance(tree, dict):
+        return {
+            key: "number" if key in VOLATILE and str(value).isdigit() else _masked(value) for key, value in tree.items()
+        }
+    if isinstance(tree, float) and not math.isfinite(tree):
+        return str(tree)  # JSON has no word for it
+    return [_masked(item) for item in tree] if isinstance(tree, list) else tree
+
+
+# gRPC
+
+
+def replay_grpc(port: int) -> dict[str, list[Any]]:
+    """The answers of the server at 127.0.0.1:port to every gRPC case, by name: one for each call."""
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        return {name: [call(channel, one) for one in calls] for name, calls in GRPC_CASES.items()}
+
+
+def call(channel: grpc.Channel, one: Call) -> dict[str, Any]:
+    """One call (a stream: all its requests at once), and its answer in a form that can be stored and compared."""
+    deadline = time.monotonic() + WAIT_S
+    while True:
+        answer = _call_once(channel, one)
+        if one.until is None or one.until.items() <= answer.items() or time.monotonic() > deadline:
+            return answer
+        time.sleep(0.05)
+
+
+def _call_once(channel: grpc.Channel, one: Call) -> dict[str, Any]:
+    method, request_class = _method(channel, one.method)
+    requests = [json_format.ParseDict(tree, request_class()) for tree in one.requests]
+    try:
+        if one.method == "ModelStreamInfer":
+            return {"code": "OK", "stream": [_tree(answer, one) for answer in method(iter(requests), timeout=20)]}
+        return {"code": "OK", "json": _tree(method(requests[0], timeout=20), one)}
+    except grpc.RpcError as error:
+        return {"code": error.code().name, "details": error.details()}
+
+
+def _method(channel: grpc.Channel, name: str) -> tuple[Callable[..., Any], type[Any]]:
+    if name == "Check":
+        return health_pb2_grpc.HealthStub(channel).Check, health_pb2.HealthCheckRequest
+    if name == "Unheard":  # a method that no version of the protocol has
+        path = "/inference.GRPCInferenceService/Unheard"
+        serialize = service_pb2.ServerLiveRequest.SerializeToString
+        return channel.unary_unary(path, serialize), service_pb2.ServerLiveRequest
+    request = "ModelInferRequest" if name == "ModelStreamInfer" else f"{name}Request"
+    return getattr(service_pb2_grpc.GRPCInferenceServiceStub(channel), name), getattr(service_pb2, request)
+
+
+def _tree(message: Any, one: Call) -> Any:
+    tree = json_format.MessageToDict(message, preserving_proto_field_name=True)
+    for key in one.drill:
+        tree = tree[key]
+    return _masked({key: tree.get(key) for key in one.keep} if one.keep else tree)
+
+
+# Triton
+
+
+@contextlib.contextmanager
+def triton(venv: Path) -> Iterator[tuple[int, int]]:
+    """A real Triton that serves the tiny model until the block ends; yields its HTTP and its gRPC port."""
+    (packages,) = venv.glob("lib/python3.11/site-packages")
+    bundled = packages / "pytriton" / "tritonserver"
+    with tempfile.TemporaryDirectory() as scratch:
+        work = Path(scratch)
+        backend = shutil.copytree(bundled / "backends" / "python", work / "backends" / "python")
+        shutil.copy2(bundled / "python_backend_stubs" / "3.11" / "triton_python_backend_stub", backend)
+        _write_repository(work / "models" / "tiny")
+        http_port, grpc_port = free_ports(2)
+        environment = os.environ | {
+            "LD_LIBRARY_PATH": str(packages / "nvidia_pytriton.libs"),
+            "PYTHONPATH": str(packages),
+            "PATH": f"{venv / 'bin'}:{os.environ['PATH']}",
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [
+            bundled / "bin" / "tritonserver", "--model-repository", work / "models", "--backend-directory",
+            work / "backends", "--cache-directory", bundled / "caches", "--http-address", "127.0.0.1", "--http-port",
+            http_port, "--grpc-address", "127.0.0.1", "--grpc-port", grpc_port, "--allow-metrics", "false",
+            "--model-control-mode", "explicit", "--load-model", "*",
+        ]  # fmt: skip
+        with (work / "log").open("w") as log:
+            process = subprocess.Popen(list(map(str, command)), env=environment, stdout=log, stderr=log)
+        try:
+            _wait_until_ready(process, http_port, work / "log")
+            yield http_port, grpc_port
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+def _write_repository(folder: Path) -> None:
+    (folder / "1").mkdir(parents=True)
+    (folder / "config.pbtxt").write_text(CONFIG)
+    (folder / "labels.txt").write_text("".join(f"{label}\n" for label in LABELS))
+    (folder / "1" / "model.py").write_text(MODEL_PY)
+    write_model(folder / "1" / "model.onnx")
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    for _ in range(600):
+        if process.poll() is not None:
+            break
+        with contextlib.suppress(OSError):
+            if send(port, Step("/v2/health/ready", "GET"))["status"] == 200:
+                return
+        time.sleep(0.1)
+    raise SystemExit(f"Triton did not start:\n{log.read_text()[-3000:]}")
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of 127.0.0.1 that nothing listens on right now."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [one.getsockname()[1] for one in sockets]
+
+
+# by hand
+
+
+def write_golden(path: Path, answers: dict[str, list[Any]], version: str) -> None:
+    """One answer a line."""
+    cases = [
+        f"  {json.dumps(name)}: [\n" + ",\n".join(f"   {json.dumps(answer)}" for answer in steps) + "\n  ]"
+        for name, steps in answers.items()
+    ]
+    head = f'{{\n "server": "Triton {version}",\n "answers": {{\n'
+    path.write_text(head + ",\n".join(cases) + "\n }\n}\n", encoding="utf-8")
+
+
+def read_golden(kind: str) -> dict[str, list[Any]]:
+    """What Triton answered to the cases of a kind, "rest" or "grpc"."""
+    answers: dict[str, list[Any]] = json.loads((GOLDEN / f"triton_{kind}.json").read_text(encoding="utf-8"))["answers"]
+    return answers
+
+
+def main(arguments: list[str]) -> int:
+    """See the docstring of the module."""
+    match arguments:
+        case ["record", venv]:
+            with triton(Path(venv).resolve()) as (http_port, grpc_port):
+                version = send(http_port, Step("/v2", "GET"))["json"]["version"]
+                write_golden(GOLDEN / "triton_rest.json", replay_rest(http_port), version)
+                write_golden(GOLDEN / "triton_grpc.json", replay_grpc(grpc_port), version)
+            return 0
+        case ["check", venv]:
+            with triton(Path(venv).resolve()) as (http_port, grpc_port):
+                found = {"rest": replay_rest(http_port), "grpc": replay_grpc(grpc_port)}
+            return sum(_show(kind, found[kind], read_golden(kind)) for kind in found) and 1
+    print(__doc__)
+    return 2
+
+
+def _show(kind: str, found: dict[str, list[Any]], expected: dict[str, list[Any]]) -> int:
+    """Print every answer that is not as expected; returns how many."""
+    count = 0
+    for name in expected.keys() | found.keys():
+        for answer, golden in itertools.zip_longest(found.get(name, []), expected.get(name, [])):
+            if answer != golden:
+                count += 1
+                print(f"{kind}, {name}:\n   expected {golden}\n   found    {answer}")
+    print(f"{kind}: {len(expected)} cases, {count} answers differ")
+    return count
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
