@@ -143,7 +143,7 @@ def load_bundle(path: Path | str) -> Bundle:
             array file with a pickle in it; a parity check that did not pass. One sentence: what, where, what to do.
     """
     folder, key = split_key(path)
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
     for parity in manifest.parity:
         if not parity.passed:
             raise BundleError(f"{folder}: parity after {parity.hop!r} did not pass; export the bundle again")
@@ -169,7 +169,8 @@ def split_key(path: Path | str) -> tuple[Path, str | None]:
     return (Path(folder), key) if at and folder and not Path(path).exists() else (Path(path), None)
 
 
-def _read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path) -> Manifest:
+    """What the manifest says, whole and unchanged; no file is looked at. Raises BundleError."""
     path = folder / MANIFEST
     if not folder.is_dir():
         raise BundleError(f"{folder}: no such bundle folder; 'mcdeploy prune-export' makes one")

@@ -1,263 +1,433 @@
-"""The HTTP application: routes, limits and error answers. Reading and writing tensors is ``protocol``'s.
+"""The HTTP application: one door for authentication and limits, a table of routes behind it, one form for errors.
 
-Every error is ``{"error": "<sentence>"}`` and holds no path, process id or internal name. Models are found in a dict
-that is filled at start; nothing from a request is joined into a path, fetched or unpickled.
+Bare ASGI, since a framework on the hot path costs more than a small model takes. Every error is ``{"error":
+"<sentence>"}`` and holds no path, process id or internal name.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+import os
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-
-import numpy as np
-from numpy.typing import NDArray
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.formparsers import MultiPartException, MultiPartParser
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
-from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from typing import Any
 
 from mcruntime.cgroup import available_threads
 from mcruntime.errors import DataError, McdeployError
-from mcruntime.preprocess import Preprocessing, open_image, prepare
-from mcruntime.server import MAX_BODY_BYTES
-from mcruntime.server.executor import Executor, Overloaded
-from mcruntime.server.protocol import VERSION, ModelSpec, RequestError, dump, format_infer, format_metadata, parse_infer
+from mcruntime.server.auth import Keys
+from mcruntime.server.batcher import Answer
+from mcruntime.server.body import Budget, read_body
+from mcruntime.server.config import model_config
+from mcruntime.server.errors import NotFoundError, OverloadedError, RequestError
+from mcruntime.server.images import decode, name_classes, read_image
+from mcruntime.server.models import Model, Models
+from mcruntime.server.options import ServerOptions
+from mcruntime.server.protocol import (
+    check_parameters,
+    format_infer,
+    format_metadata,
+    load_json,
+    parse_infer,
+    read_header_length,
+)
+from mcruntime.server.seen import Observer, Seen
+from mcruntime.server.tensors import Images
+from mcruntime.server.web import Handler, Request, Response, Route, Router, as_error, as_json
 
-BODY_TIMEOUT_S = 30.0  # for a body to arrive
-RETRY_AFTER_S = "1"
-TOP = 5
-
-logger = logging.getLogger("mcruntime")
-
-
-@dataclass(frozen=True)
-class ServedModel:
-    """A model that is loaded and has passed its self-test."""
-
-    spec: ModelSpec
-    labels: Sequence[str]
-    preprocessing: Preprocessing
-    executor: Executor
+EXTENSIONS = [
+    "binary_tensor_data", "classification", "model_configuration", "model_repository", "parameters", "schedule_policy",
+    "statistics",
+]  # fmt: skip
+MODEL = r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[0-9]+))?"
+REPOSITORY = r"/v2/repository(?:/[^/]+)?"
+COMPRESS_FROM = 512  # bytes of an answer
+COMPRESSORS = {"gzip": 31, "deflate": 15}
+logger = logging.getLogger("mcruntime.server")
 
 
 class App:
     """The ASGI application.
 
+    Args:
+        keys: None: no key is asked for.
+        control: keys for loading and unloading; None: both are off.
+        routes: more of them, such as the page's and the metrics'.
+        observers: told of every request when it is over.
+
     Attributes:
         draining: set it to answer 503 to readiness probes and new work, while what is in flight is finished.
         in_flight: POST requests that have no answer yet.
+        answered: HTTP answers by status.
     """
 
-    def __init__(self, models: Sequence[ServedModel], max_body_bytes: int = MAX_BODY_BYTES) -> None:
+    def __init__(
+        self,
+        models: Models,
+        options: ServerOptions,
+        *,
+        keys: Keys | None = None,
+        control: Keys | None = None,
+        routes: Callable[[App], Sequence[Route]] = lambda app: (),
+        observers: Sequence[Observer] = (),
+    ) -> None:
+        self.models = models
+        self.options = options
         self.draining = False
         self.in_flight = 0
-        self._models = {model.spec.name: model for model in models}
-        self._max_body_bytes = max_body_bytes
+        self.answered: Counter[int] = Counter()
+        self.started = time.time()
+        self.mirror: Callable[[Model, Images, Answer], None] | None = None
+        self._keys, self._control = keys, control
+        self._observers = list(observers)
+        self._budget = Budget(options.max_inflight_bytes)
         self._decoders = ThreadPoolExecutor(available_threads(), thread_name_prefix="decode")
-        self._starlette = Starlette(routes=self._routes(), exception_handlers=_HANDLERS)
-        self._starlette.router.redirect_slashes = False
+        self._decoding = 0
+        self._router = Router([*self._routes(), *routes(self)])
+        self._infer_paths: dict[str, dict[str, str]] = {}  # of models that answered: no pattern is tried for them again
+        self._infer_route = Route("", {"POST": self._infer})
+        self._numbers = itertools.count(1)
+        self._prefix = os.urandom(6).hex()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST":
-            await self._starlette(scope, receive, send)
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
             return
-        if self.draining:
-            response = _error(503, "the server is shutting down", {"Retry-After": RETRY_AFTER_S, "Connection": "close"})
-            await response(scope, receive, send)
-            return
-        self.in_flight += 1
+        began, started = time.perf_counter(), time.time_ns() if self._observers else 0
+        headers = dict(scope["headers"])
+        is_work = scope["method"] == "POST"
+        request = Request(scope["method"], scope["path"], scope["query_string"], headers, _no_body)
+        request.id = self._id_of(headers)
+        self.in_flight += is_work
         try:
-            await self._starlette(scope, receive, send)
+            with self._budget.lease() as lease:
+                request.read = lambda: read_body(
+                    receive,
+                    headers,
+                    lease,
+                    max_bytes=self.options.max_body_bytes,
+                    timeout_s=self.options.body_timeout_s,
+                )
+                response = await self._answer(request)
+            if self.draining:
+                response.headers = (*response.headers, ("connection", "close"))
+            await _send(response, request, send)
         finally:
-            self.in_flight -= 1
+            self.in_flight -= is_work
+        self.answered[response.status] += 1
+        if self._observers:
+            self._tell(scope, request, response, started, time.perf_counter() - began)
 
     def close(self) -> None:
-        """Let the worker threads go."""
+        """Let the decoders go."""
         self._decoders.shutdown(wait=False, cancel_futures=True)
-        for model in self._models.values():
-            model.executor.close()
+
+    # -------------------------------------------------------------------------------------------------------- errors
+
+    async def _answer(self, request: Request) -> Response:
+        """What the handler says, or the error that it raised, as an answer."""
+        try:
+            return await self._handle(request)
+        except RequestError as error:
+            self._count_failure(request, error.status)
+            headers = (("retry-after", str(error.retry_after_s)),) if error.retry_after_s is not None else ()
+            return as_error(str(error), error.status, headers)
+        except DataError as error:  # an image; its text names no path
+            self._count_failure(request, 400)
+            return as_error(str(error), 400)
+        except McdeployError as error:
+            self._count_failure(request, 500)
+            logger.error("request %s: %s", request.id, error)
+            return as_error("the model could not answer this request", 500)
+        except Exception:
+            self._count_failure(request, 500)
+            logger.exception("request %s", request.id)
+            return as_error("internal server error", 500)
+
+    async def _handle(self, request: Request) -> Response:
+        args = self._infer_paths.get(request.path)
+        if args is not None:
+            route: Route = self._infer_route
+        else:
+            found = self._router.find(request.path)
+            route, args = found if found else (_NOTHING, {})
+        if self._keys is not None and not route.open_to_all and not self._keys.allow(request.headers):
+            return as_error("an API key is needed: Authorization: Bearer KEY", 401, (("www-authenticate", "Bearer"),))
+        if route is _NOTHING:
+            raise NotFoundError("there is nothing at this path; see /v2 and /docs")
+        request.args = args
+        handler = route.handlers.get("GET" if request.method == "HEAD" else request.method)
+        if handler is None:
+            allowed = sorted({*route.handlers, *(["HEAD"] if "GET" in route.handlers else [])})
+            return as_error("Method Not Allowed", 405, (("allow", ", ".join(allowed)),))
+        if self.draining and request.method == "POST":
+            return as_error("the server is shutting down", 503, (("retry-after", "1"),))
+        return await handler(request)
+
+    def _count_failure(self, request: Request, status: int) -> None:
+        if not request.model:
+            return
+        reason = {503: "rejected", 504: "timeout", 500: "internal"}.get(status, "input")
+        try:
+            self.models.find(request.model, request.version).statistics.failed(reason)
+        except NotFoundError:  # unloaded meanwhile
+            return
+
+    # ----------------------------------------------------------------------------------------------------- the routes
 
     def _routes(self) -> list[Route]:
-        routes = [
-            Route("/v2", self._server),
-            Route("/v2/health/live", self._live),
-            Route("/v2/health/ready", self._ready),
-            Route("/predict", self._predict, methods=["POST"]),
+        def get(pattern: str, handler: Handler, *, open_to_all: bool = False) -> Route:
+            return Route(pattern, {"GET": handler}, open_to_all)
+
+        def post(pattern: str, handler: Handler) -> Route:
+            return Route(pattern, {"POST": handler})
+
+        return [
+            post(f"{MODEL}/infer", self._infer),
+            post(f"{MODEL}/predict", self._predict),
+            post("/predict", self._predict),
+            get("/v2", self._server),
+            get("/v2/health/live", self._live, open_to_all=True),
+            get("/v2/health/ready", self._ready, open_to_all=True),
+            get("/v2/models/stats", self._all_statistics),
+            get("/v2/models", self._names),
+            get(MODEL, self._metadata),
+            get(f"{MODEL}/ready", self._model_ready),
+            get(f"{MODEL}/config", self._config),
+            get(f"{MODEL}/stats", self._statistics),
+            post(f"{REPOSITORY}/index", self._index),
+            post(rf"{REPOSITORY}/models/(?P<model>[^/]+)/load", self._load),
+            post(rf"{REPOSITORY}/models/(?P<model>[^/]+)/unload", self._unload),
         ]
-        for path in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
-            routes += [
-                Route(path, self._metadata),
-                Route(f"{path}/ready", self._model_ready),
-                Route(f"{path}/infer", self._infer, methods=["POST"]),
-                Route(f"{path}/predict", self._predict, methods=["POST"]),
-            ]
-        return routes
 
     async def _server(self, request: Request) -> Response:
-        return _json({"name": "mcdeploy", "version": _VERSION, "extensions": []})
+        return as_json({"name": "mcdeploy", "version": VERSION, "extensions": EXTENSIONS})
 
     async def _live(self, request: Request) -> Response:
-        return _json({"live": True})
+        return as_json({"live": True})
 
     async def _ready(self, request: Request) -> Response:
-        return _json({"ready": not self.draining}, 503 if self.draining else 200)
+        ready = not self.draining and self.models.is_ready()
+        return as_json({"ready": ready}, 200 if ready else 503)
+
+    async def _names(self, request: Request) -> Response:
+        return as_json({"models": sorted({model.spec.name for model in self.models})})
 
     async def _metadata(self, request: Request) -> Response:
-        return Response(format_metadata(self._find(request).spec), media_type="application/json")
+        spec = self._find(request).spec
+        return as_json(format_metadata(spec, self.models.versions(spec.name)))
 
     async def _model_ready(self, request: Request) -> Response:
-        self._find(request)
-        return await self._ready(request)
+        try:
+            self._find(request)
+        except NotFoundError:
+            return as_error("Model version not ready", 400)
+        ready = not self.draining
+        return as_json({"name": request.args["model"], "ready": ready}, 200 if ready else 503)
+
+    async def _config(self, request: Request) -> Response:
+        return as_json(model_config(self._find(request)))
+
+    async def _statistics(self, request: Request) -> Response:
+        if request.args["version"]:
+            found = [self._find(request)]
+        else:
+            self._find(request)
+            name = request.args["model"]
+            found = [self.models.find(name, number) for number in self.models.versions(name)]
+        return as_json({"model_stats": [self._stats_of(model) for model in found]})
+
+    async def _all_statistics(self, request: Request) -> Response:
+        return as_json({"model_stats": [self._stats_of(model) for model in self.models]})
+
+    def _stats_of(self, model: Model) -> dict[str, Any]:
+        return model.statistics.as_dict(model.spec.name, model.spec.version)
+
+    async def _index(self, request: Request) -> Response:
+        body = await request.read()
+        only_ready = load_json(body).get("ready", False) if body else False
+        if not isinstance(only_ready, bool):
+            raise RequestError("'ready' must be true or false")
+        loop = asyncio.get_running_loop()
+        rows = await loop.run_in_executor(self._decoders, self.models.index)
+        return as_json([row for row in rows if row["state"] == "READY" or not only_ready])
+
+    async def _load(self, request: Request) -> Response:
+        self._check_control(request)
+        body = await request.read()
+        parameters = check_parameters(load_json(body)) if body else {}
+        refuse_load_parameters(parameters)
+        await self.models.load(request.args["model"])
+        return Response()
+
+    async def _unload(self, request: Request) -> Response:
+        self._check_control(request)
+        body = await request.read()
+        check_parameters(load_json(body)) if body else {}
+        await self.models.unload(request.args["model"])
+        return Response()
+
+    def _check_control(self, request: Request) -> None:
+        refuse_control(self._control, request.headers)
+
+    # ------------------------------------------------------------------------------------------------------ the work
 
     async def _infer(self, request: Request) -> Response:
-        model = self._find(request)
-        if "inference-header-content-length" in request.headers:
-            raise RequestError(
-                "binary tensors (Inference-Header-Content-Length) are not supported yet; send JSON tensors"
-            )
-        parsed = parse_infer(await _read_body(request, self._max_body_bytes), model.spec)
-        with model.executor.place():
-            logits = await model.executor.infer(parsed.images)
-        return Response(format_infer(parsed, model.spec, logits), media_type="application/json")
+        name, number = request.args["model"], request.args["version"]
+        spec = self.models.find(name, number).spec
+        request.model, request.version = name, number
+        length = request.headers.get(b"inference-header-content-length")
+        header_length = None if length is None else read_header_length(length)
+        body = await request.read()
+        asked = parse_infer(body, header_length, spec)
+        request.images = len(asked.images)
+        model, answer = await self.infer(request, asked.images, asked.timeout_s)
+        if request.path not in self._infer_paths and len(self._infer_paths) < 1000:
+            self._infer_paths[request.path] = request.args
+        content, head = format_infer(asked, model.spec, answer.logits)
+        headers: tuple[tuple[str, str], ...] = ()
+        kind = "application/json"
+        if head is not None:
+            kind, headers = "application/octet-stream", (("inference-header-content-length", str(head)),)
+        return _compressed(Response(content, 200, kind, headers), request)
 
     async def _predict(self, request: Request) -> Response:
-        model = self._find(request)
-        image = await _read_image(request, self._max_body_bytes)
-        with model.executor.place():
+        name, number = request.args.get("model", ""), request.args.get("version", "")
+        model = self.models.find(name, number) if name else self.models.only()
+        request.model, request.version = model.spec.name, number
+        data, top = await read_image(request)
+        began = time.perf_counter()
+        images = await self._decode(data, model)
+        request.timing.decode_s = time.perf_counter() - began
+        request.images = 1
+        model, answer = await self.infer(request, images, None)
+        best = name_classes(answer.logits[0], model.spec.labels, top)
+        timing = {
+            "decode_ms": request.timing.decode_s * 1e3,
+            "queue_ms": answer.queue_s * 1e3,
+            "compute_ms": answer.compute_s * 1e3,
+            "batch": answer.batch,
+        }
+        tree = {**best[0], "top": best, "model": model.spec.name, "version": model.spec.version, "timing": timing}
+        return as_json(tree)
+
+    async def _decode(self, data: bytes, model: Model) -> Images:
+        if self._decoding >= self.options.max_queue + 1:
+            raise OverloadedError
+        self._decoding += 1
+        try:
             loop = asyncio.get_running_loop()
-            images = await loop.run_in_executor(self._decoders, _decode, image, model.preprocessing)
-            logits = await model.executor.infer(images)
-        top = _top_classes(logits[0], model.labels)
-        return _json({**top[0], "top": top})
+            return await loop.run_in_executor(
+                self._decoders, decode, data, model.preprocessing, self.options.max_pixels
+            )
+        finally:
+            self._decoding -= 1
 
-    def _find(self, request: Request) -> ServedModel:
-        name, wanted = request.path_params.get("model"), request.path_params.get("version", VERSION)
-        if name is None:
-            if len(self._models) != 1:
-                raise RequestError("several models are served here; POST to /v2/models/{name}/predict", 404)
-            return next(iter(self._models.values()))
-        model = self._models.get(name)
-        if model is None:
-            raise RequestError(f"Request for unknown model: '{name[:100]}' is not found", 404)
-        if wanted != VERSION:
-            raise RequestError(f"Request for unknown model: '{name}' version {wanted[:20]} is not found", 404)
-        return model
+    async def infer(self, request: Request, images: Images, timeout_s: float | None) -> tuple[Model, Answer]:
+        """Run checked images on the model a request names, note where the time went, and mirror them to a shadow."""
+        limit_s = self.options.timeout_s if timeout_s is None else min(timeout_s, self.options.timeout_s)
+        model, answer = await self.models.infer(request.model, request.version, images, limit_s)
+        request.version = model.spec.version
+        timing = request.timing
+        timing.queue_s, timing.compute_s, timing.batch = answer.queue_s, answer.compute_s, answer.batch
+        if self.mirror is not None:
+            self.mirror(model, images, answer)
+        return model, answer
 
+    def _find(self, request: Request) -> Model:
+        return self.models.find(request.args["model"], request.args["version"])
 
-async def _read_body(request: Request, max_bytes: int) -> bytes:
-    """The whole body; of one that is too large, some more is read and dropped, so that the client sees the answer."""
-    encoding = request.headers.get("content-encoding", "identity")
-    if encoding != "identity":
-        raise RequestError(f"Content-Encoding '{encoding[:20]}' is not supported; send the body uncompressed", 415)
-    chunks, num_bytes = [], 0
-    try:
-        async with asyncio.timeout(BODY_TIMEOUT_S):
-            async for chunk in request.stream():
-                num_bytes += len(chunk)
-                if num_bytes <= max_bytes:
-                    chunks.append(chunk)
-                elif num_bytes > 4 * max_bytes:
-                    break
-    except TimeoutError:
-        raise RequestError(f"the request body did not arrive within {BODY_TIMEOUT_S:.0f} s", 408) from None
-    if num_bytes > max_bytes:
-        raise RequestError(f"the request body is larger than {max_bytes} bytes; send a smaller batch", 413)
-    return b"".join(chunks)
+    # ------------------------------------------------------------------------------------------------------ observing
 
+    def _id_of(self, headers: dict[bytes, bytes]) -> str:
+        """The client's request id, if it is one that can stand in a log; else one of ours."""
+        given = headers.get(b"x-request-id")
+        if given and len(given) <= 64 and given.replace(b"-", b"").replace(b"_", b"").isalnum():
+            return given.decode("ascii")
+        return f"{self._prefix}{next(self._numbers):08x}"
 
-async def _read_image(request: Request, max_bytes: int) -> bytes:
-    """The bytes of the image: the form field ``file`` of a multipart body, else the body itself."""
-    body = await _read_body(request, max_bytes)
-    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
-        return body
-
-    async def chunks() -> AsyncGenerator[bytes, None]:
-        yield body
-
-    parser = MultiPartParser(request.headers, chunks(), max_files=1, max_fields=8, max_part_size=max_bytes)
-    parser.spool_max_size = max_bytes + 1  # nothing is written to disk
-    try:
-        form = await parser.parse()
-    except MultiPartException as error:
-        raise RequestError(f"the multipart form cannot be read: {error.message}") from None
-    try:
-        part = form.get("file")
-        if part is None:
-            raise RequestError("the multipart form has no field 'file'; send one with the image in it")
-        if isinstance(part, str):
-            raise RequestError("the multipart field 'file' has no filename, so it is text; send the image as a file")
-        return await part.read()
-    finally:
-        await form.close()
+    def _tell(self, scope: Any, request: Request, response: Response, started: int, seconds: float) -> None:
+        error = load_json(response.body).get("error", "") if response.status >= 400 and response.body else ""
+        seen = Seen(
+            protocol="http",
+            method=request.method,
+            path=request.path,
+            status=response.status,
+            request_id=request.id,
+            client=scope["client"][0] if scope.get("client") else "",
+            started=started,
+            seconds=seconds,
+            model=request.model,
+            version=request.version,
+            images=request.images,
+            timing=request.timing,
+            parent=request.header("traceparent"),
+            error=error,
+        )
+        for observer in self._observers:
+            observer(seen)
 
 
-def _decode(data: bytes, how: Preprocessing) -> NDArray[np.float32]:
-    return prepare(open_image(data), how)[np.newaxis]
+def refuse_load_parameters(parameters: dict[str, Any]) -> None:
+    """A client may name a model to load, and nothing else: uploaded files and configurations are a way to run code.
+
+    Raises:
+        RequestError: 400.
+    """
+    if parameters:
+        raise RequestError("load takes no parameters here: neither a configuration nor files can be sent to this server")
 
 
-def _top_classes(logits: NDArray[np.float32], labels: Sequence[str]) -> list[dict[str, str | int | float]]:
-    """The most probable classes, best first; of equal ones the lower index."""
-    exponents = np.exp(logits.astype(np.float64) - logits.max())
-    probabilities = exponents / exponents.sum()
-    order = np.argsort(-logits, kind="stable")[:TOP]  # probabilities may underflow to ties
-    return [{"label": labels[i], "index": int(i), "probability": float(probabilities[i])} for i in order]
+def refuse_control(control: Keys | None, headers: dict[bytes, bytes]) -> None:
+    """Refuse who may not load and unload models. The control keys are keys of their own, in their own header or, where
+    no API key is asked for, in ``Authorization``.
+
+    Raises:
+        RequestError: 403.
+    """
+    if control is None:
+        raise RequestError("loading and unloading models is switched off on this server", 403)
+    own = {b"x-api-key": headers[b"x-control-key"]} if b"x-control-key" in headers else headers
+    if not control.allow(own):
+        raise RequestError("loading and unloading models needs a control key: X-Control-Key: KEY", 403)
 
 
-def _json(tree: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(dump(tree), status, headers, media_type="application/json")
+def _compressed(response: Response, request: Request) -> Response:
+    """The answer packed as the client asked, if that is worth it."""
+    wanted = request.headers.get(b"accept-encoding")
+    if not wanted or len(response.body) < COMPRESS_FROM:
+        return response
+    names = {part.partition(b";")[0].strip().lower().decode("latin-1") for part in wanted.split(b",")}
+    encoding = next((name for name in COMPRESSORS if name in names), None)
+    if encoding is None:
+        return response
+    packer = zlib.compressobj(1, wbits=COMPRESSORS[encoding])
+    response.body = packer.compress(response.body) + packer.flush()
+    response.headers = (*response.headers, ("content-encoding", encoding))
+    return response
 
 
-def _error(status: int, message: str, headers: dict[str, str] | None = None) -> Response:
-    return _json({"error": message}, status, headers)
+async def _send(response: Response, request: Request, send: Any) -> None:
+    headers = [
+        (b"content-type", response.content_type.encode()),
+        (b"content-length", str(len(response.body)).encode()),
+        (b"x-request-id", request.id.encode()),
+    ]
+    headers += [(name.encode(), value.encode("latin-1")) for name, value in response.headers]
+    await send({"type": "http.response.start", "status": response.status, "headers": headers})
+    await send({"type": "http.response.body", "body": response.body})
 
 
-async def _answer_http(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    headers = dict(error.headers or {})
-    if error.status_code == 404:
-        return _error(404, "there is nothing at this path; see /v2 and /v2/models/{name}", headers)
-    return _error(error.status_code, error.detail, headers)
+async def _no_body() -> bytes:
+    return b""
 
 
-async def _answer_request(request: Request, error: Exception) -> Response:
-    return _error(error.status if isinstance(error, RequestError) else 400, str(error))
-
-
-async def _answer_overload(request: Request, error: Exception) -> Response:
-    return _error(503, "Exceeds maximum queue size; try again", {"Retry-After": RETRY_AFTER_S})
-
-
-async def _answer_broken(request: Request, error: Exception) -> Response:
-    logger.error("%s", error)
-    return _error(500, "the model could not answer this request")
-
-
-async def _answer_gone(request: Request, error: Exception) -> Response:
-    return _error(400, "the request body did not arrive")  # nobody reads it: the client hung up
-
-
-async def _answer_bug(request: Request, error: Exception) -> Response:
-    return _error(500, "internal server error")  # Starlette raises the error again, and uvicorn logs it
-
-
-_HANDLERS: dict[int | type[Exception], Callable[[Request, Exception], Awaitable[Response]]] = {
-    HTTPException: _answer_http,
-    RequestError: _answer_request,
-    DataError: _answer_request,
-    Overloaded: _answer_overload,
-    McdeployError: _answer_broken,
-    ClientDisconnect: _answer_gone,
-    Exception: _answer_bug,
-}
-
+_NOTHING = Route("", {})
 try:
-    _VERSION = version("mcdeploy")
+    VERSION = version("mcdeploy")
 except PackageNotFoundError:  # run from a source tree
-    _VERSION = "unknown"
+    VERSION = "unknown"

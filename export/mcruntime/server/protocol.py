@@ -1,125 +1,187 @@
-"""The Open Inference Protocol (v2) in JSON: pure functions between bytes and arrays, no I/O.
+"""The Open Inference Protocol (v2) over REST: pure functions between bytes and arrays, no I/O.
 
-Texts and member order follow a real Triton 2.51, since clients are written against it. Different on purpose: what the
-client got wrong is always 400 (Triton answers 500 to malformed JSON), and NaN or infinite values are refused.
+A body is JSON, or JSON of ``Inference-Header-Content-Length`` bytes followed by the tensors (binary tensor extension).
+Only that header tells: real clients send no Content-Type. Member order and texts follow a real Triton 2.51. Different on
+purpose: what the client got wrong is always 400 (Triton answers 500 to malformed JSON), and NaN or infinite values are
+refused.
 """
 
 # B = batch, C = channels, H/W = height/width.
 from __future__ import annotations
 
 import itertools
-import json
 import math
-from dataclasses import dataclass
-from typing import Any, Never
+from array import array
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+import orjson
 
-from mcruntime.errors import InputError
+from mcruntime.server.errors import RequestError
+from mcruntime.server.tensors import (
+    DATATYPE,
+    Images,
+    InferRequest,
+    Logits,
+    ModelSpec,
+    Wish,
+    check_finite,
+    check_input,
+    check_output,
+    classify,
+    images_from_bytes,
+    pack_strings,
+    quote,
+    timeout_of,
+    top_k_of,
+)
 
-VERSION = "1"  # a bundle has one; another version is another bundle
 BINARY_ONLY = ("FP16", "BF16")  # the protocol has no JSON form for these
+MAX_HEADER_JSON = 1 << 20  # of the JSON before binary tensors
+MAX_ID = 1024  # characters
 
 
-class RequestError(InputError):
-    """What the client sent cannot be answered; ``status`` is the HTTP status that says so."""
+def parse_infer(body: bytes, header_length: int | None, spec: ModelSpec) -> InferRequest:
+    """Read an infer request.
 
-    def __init__(self, message: str, status: int = 400) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """What the protocol needs to know of a model."""
-
-    name: str
-    input_name: str
-    shape: tuple[int, int, int]  # C, H, W
-    output_name: str
-    num_classes: int
-    max_batch_size: int
-
-
-@dataclass(frozen=True)
-class InferRequest:
-    """A checked request."""
-
-    id: str | None
-    images: NDArray[np.float32]  # [B, C, H, W], finite, 1 <= B <= max_batch_size
-
-
-def parse_infer(body: bytes, spec: ModelSpec) -> InferRequest:
-    """Read an infer request whose tensors are JSON.
-
-    ``binary_data_output`` and ``binary_data``, which clients set without being asked, are wishes that this server does
-    not fulfil yet: its answer says that it is JSON, and clients read it as such.
+    Args:
+        body: all of it.
+        header_length: ``Inference-Header-Content-Length``: None, the whole body is JSON; 0, it is one bare image.
 
     Raises:
         RequestError: 400 and what is wrong.
     """
-    tree = _parse_json(body)
-    request_id = tree.get("id")
-    if request_id is not None and not isinstance(request_id, str):
-        raise RequestError("failed to parse the request JSON buffer: 'id' must be a string")
-    _check_parameters(tree)
-    inputs = _objects(tree, "inputs")
-    if len(inputs) != 1:
-        raise RequestError(f"expected 1 inputs but got {len(inputs)} inputs for model '{spec.name}'")
-    for output in _objects(tree, "outputs") if tree.get("outputs") is not None else []:
-        if output.get("name") != spec.output_name:
-            raise RequestError(f"unexpected inference output {_quote(output.get('name'))} for model '{spec.name}'")
-        if "classification" in _check_parameters(output):
-            raise RequestError("the classification extension is not supported yet; POST an image to .../predict")
-    return InferRequest(request_id, _parse_images(inputs[0], spec))
+    if header_length is None:
+        return _parse_tree(_parse_json(body), memoryview(b""), spec, body)
+    if header_length == 0 and body:
+        return InferRequest("", images_from_bytes(body, 1, spec), Wish(binary=True))
+    if not 0 < header_length <= len(body):
+        raise RequestError(f"inference header size should be in range (0, {len(body)}), got: {str(header_length)[:20]}")
+    if header_length > MAX_HEADER_JSON and header_length < len(body):
+        raise RequestError(f"the JSON before binary tensors is larger than {MAX_HEADER_JSON} bytes")
+    view = memoryview(body)
+    head = view[:header_length]
+    return _parse_tree(_parse_json(head), view[header_length:], spec, head)
 
 
-def format_infer(request: InferRequest, spec: ModelSpec, logits: NDArray[np.float32]) -> bytes:
-    """The answer to a request: float32 logits [B, num_classes] widened to double, flat, row-major."""
-    answer: dict[str, Any] = {} if request.id is None else {"id": request.id}
-    answer |= {"model_name": spec.name, "model_version": VERSION}
-    data = logits.astype(np.float64).ravel().tolist()
-    answer["outputs"] = [
-        {"name": spec.output_name, "datatype": "FP32", "shape": list(logits.shape), "data": data}
-    ]  # fmt: skip
-    return dump(answer)
+def read_header_length(value: bytes) -> int:
+    """``Inference-Header-Content-Length`` as a number.
+
+    Raises:
+        RequestError: 400; not digits, or too many.
+    """
+    if not value.isdigit() or len(value) > 18:
+        raise RequestError("Inference-Header-Content-Length must be a whole number of bytes")
+    return int(value)
 
 
-def format_metadata(spec: ModelSpec) -> bytes:
-    """The model's inputs and outputs; -1 is the batch."""
-    return dump(
-        {
-            "name": spec.name,
-            "versions": [VERSION],
-            "platform": "onnxruntime_onnx",
-            "inputs": [{"name": spec.input_name, "datatype": "FP32", "shape": [-1, *spec.shape]}],
-            "outputs": [{"name": spec.output_name, "datatype": "FP32", "shape": [-1, spec.num_classes]}],
-        }
+def format_infer(request: InferRequest, spec: ModelSpec, logits: Logits) -> tuple[bytes, int | None]:
+    """The answer's body, and the length of its JSON if binary tensors follow.
+
+    Args:
+        logits: [B, num_classes]; as JSON they are widened to double, flat, row-major.
+    """
+    answer: dict[str, Any] = {"id": request.id} if request.has_id else {}
+    answer |= {"model_name": spec.name, "model_version": spec.version}
+    wish = request.wish
+    rows = classify(logits, wish.top_k, spec.labels) if wish.top_k else None
+    output: dict[str, Any] = {"name": spec.output_name}
+    if rows is not None:
+        output |= {"datatype": "BYTES", "shape": [len(rows), len(rows[0])]}
+    else:
+        output |= {"datatype": DATATYPE, "shape": list(logits.shape)}
+    answer["outputs"] = [output]
+    if wish.binary:
+        data = pack_strings(rows) if rows is not None else np.ascontiguousarray(logits, "<f4").tobytes()
+        output["parameters"] = {"binary_data_size": len(data)}
+        head = dump(answer)
+        return head + data, len(head)
+    output["data"] = (
+        [text for row in rows for text in row] if rows is not None else logits.astype(np.float64).ravel().tolist()
     )
+    return dump(answer), None
+
+
+def format_metadata(spec: ModelSpec, versions: list[str]) -> dict[str, Any]:
+    """The model's inputs and outputs; -1 is the batch."""
+    return {
+        "name": spec.name,
+        "versions": versions,
+        "platform": spec.platform,
+        "inputs": [{"name": spec.input_name, "datatype": DATATYPE, "shape": [-1, *spec.shape]}],
+        "outputs": [{"name": spec.output_name, "datatype": DATATYPE, "shape": [-1, spec.num_classes]}],
+    }
 
 
 def dump(tree: Any) -> bytes:
     """JSON without white space and without NaN."""
-    return json.dumps(tree, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode(errors="replace")
+    return orjson.dumps(tree)
 
 
-def _parse_json(body: bytes) -> dict[str, Any]:
+def load_json(data: bytes | memoryview) -> dict[str, Any]:
+    """A JSON object from a client.
+
+    Raises:
+        RequestError: 400.
+    """
+    return _parse_json(data)
+
+
+def _parse_json(data: bytes | memoryview) -> dict[str, Any]:
     try:
-        tree = json.loads(body, parse_constant=_refuse_constant)
-    except RecursionError:
-        raise RequestError("failed to parse the request JSON buffer: nested too deep") from None
-    except json.JSONDecodeError as error:
+        tree = orjson.loads(data)
+    except orjson.JSONDecodeError as error:
         raise RequestError(f"failed to parse the request JSON buffer: {error.msg} at {error.pos}") from None
-    except ValueError:  # not UTF-8, or a number of more digits than Python reads
-        raise RequestError("failed to parse the request JSON buffer: not UTF-8 text or not a number") from None
     if not isinstance(tree, dict):
         raise RequestError("failed to parse the request JSON buffer: expected an object")
     return tree
 
 
-def _refuse_constant(constant: str) -> Never:
-    raise RequestError(f"failed to parse the request JSON buffer: {constant} is not a JSON number")
+def _parse_tree(tree: dict[str, Any], binary: memoryview, spec: ModelSpec, text: bytes | memoryview) -> InferRequest:
+    request_id = tree.get("id")
+    if "id" in tree and not isinstance(request_id, str):
+        raise RequestError("failed to parse the request JSON buffer: 'id' must be a string")
+    if len(request_id or "") > MAX_ID:
+        raise RequestError(f"'id' is longer than {MAX_ID} characters")
+    parameters = check_parameters(tree)
+    inputs = _objects(tree, "inputs")
+    if len(inputs) != 1:
+        raise RequestError(
+            f"[request id: {(request_id or '<id_unknown>')[:100]}] expected 1 inputs but got {len(inputs)} inputs "
+            f"for model '{spec.name}'. Got input(s) {[str(item.get('name'))[:50] for item in inputs[:8]]}, "
+            f"but missing required input(s) ['{spec.input_name}']. Please provide all required input(s)."
+        )
+    wish = _wish(tree, parameters, spec)
+    images = _images(inputs[0], binary, spec, text)
+    return InferRequest(request_id or "", images, wish, timeout_of(parameters), "id" in tree)
+
+
+def _wish(tree: dict[str, Any], parameters: dict[str, Any], spec: ModelSpec) -> Wish:
+    binary = _flag(parameters, "binary_data_output", False)
+    outputs = _objects(tree, "outputs") if tree.get("outputs") is not None else []
+    if len(outputs) > 1:
+        for output in outputs:
+            check_output(output.get("name"), spec)
+        raise RequestError(f"output '{spec.output_name}' is requested more than once for model '{spec.name}'")
+    if not outputs:
+        return Wish(binary)
+    check_output(outputs[0].get("name"), spec)
+    own = check_parameters(outputs[0])
+    _refuse_shared_memory(own)
+    top_k = top_k_of(own["classification"]) if "classification" in own else 0
+    return Wish(_flag(own, "binary_data", binary), top_k)
+
+
+def _flag(parameters: dict[str, Any], name: str, default: bool) -> bool:
+    value = parameters.get(name, default)
+    if not isinstance(value, bool):
+        raise RequestError(f"parameter '{name}' must be true or false")
+    return value
+
+
+def _refuse_shared_memory(parameters: dict[str, Any]) -> None:
+    if any(name.startswith("shared_memory") for name in parameters):
+        raise RequestError("shared memory is not supported; send the tensor with the request")
 
 
 def _objects(tree: dict[str, Any], key: str) -> list[dict[str, Any]]:
@@ -129,7 +191,12 @@ def _objects(tree: dict[str, Any], key: str) -> list[dict[str, Any]]:
     return items
 
 
-def _check_parameters(tree: dict[str, Any]) -> dict[str, Any]:
+def check_parameters(tree: dict[str, Any]) -> dict[str, Any]:
+    """The member ``parameters`` of an object, whose values may be text, numbers, true and false.
+
+    Raises:
+        RequestError: 400.
+    """
     parameters = tree.get("parameters")
     if parameters is None:
         return {}
@@ -138,35 +205,62 @@ def _check_parameters(tree: dict[str, Any]) -> dict[str, Any]:
     for name, value in parameters.items():
         if not isinstance(value, str | int | float):  # bool is an int
             raise RequestError(
-                f"parameter {_quote(name)} has invalid type. It should be either 'int', 'bool', or 'string'."
+                f"parameter {quote(name)} has invalid type. It should be either 'int', 'bool', or 'string'."
             )
     return parameters
 
 
-def _parse_images(tensor: dict[str, Any], spec: ModelSpec) -> NDArray[np.float32]:
-    name, datatype, shape = tensor.get("name"), tensor.get("datatype"), tensor.get("shape")
-    if name != spec.input_name:
-        raise RequestError(f"unexpected inference input {_quote(name)} for model '{spec.name}'")
-    what = f"input '{name}' for model '{spec.name}'"
-    if "binary_data_size" in _check_parameters(tensor):
-        raise RequestError(f"{what}: binary tensors are not supported yet; send 'data' as JSON numbers")
-    if "shared_memory_region" in _check_parameters(tensor):
-        raise RequestError(f"{what}: shared memory is not supported; send 'data' as JSON numbers")
-    if datatype in BINARY_ONLY:
-        raise RequestError(f"{what}: {datatype} has no JSON form; send FP32")
-    if datatype != "FP32":
+def _images(tensor: dict[str, Any], binary: memoryview, spec: ModelSpec, text: bytes | memoryview) -> Images:
+    parameters = check_parameters(tensor)
+    _refuse_shared_memory(parameters)
+    shape = tensor.get("shape")
+    if not isinstance(shape, list):
+        raise RequestError("failed to parse the request JSON buffer: 'shape' must be an array of integers")
+    name, size = tensor.get("name"), parameters.get("binary_data_size")
+    if size is None and name == spec.input_name and tensor.get("datatype") in BINARY_ONLY:
         raise RequestError(
-            f"inference input '{name}' data-type is {_quote(datatype)}, but model '{spec.name}' expects 'FP32'"
+            f"sending {tensor['datatype']} data via JSON is not supported. Please use the binary data format for "
+            f"input '{name}'"
         )
-    if not isinstance(shape, list) or not all(type(size) is int for size in shape):
-        raise RequestError(f"failed to parse the request JSON buffer: 'shape' of {what} must be an array of integers")
-    if len(shape) != 4 or tuple(shape[1:]) != spec.shape or shape[0] < 1:
-        expected = ",".join(map(str, (-1, *spec.shape)))
-        got = ",".join(map(str, shape[:8]))
-        raise RequestError(f"unexpected shape for {what}. Expected [{expected}], got [{got}]")
-    if shape[0] > spec.max_batch_size:
-        raise RequestError(f"inference request batch-size must be <= {spec.max_batch_size} for '{spec.name}'")
-    return _to_array(_flatten(tensor.get("data"), shape, what), what).reshape(shape)
+    check_input(name, tensor.get("datatype"), shape, spec)
+    if size is None:
+        if len(binary):
+            raise RequestError(f"unexpected additional input data for model '{spec.name}'")
+        return _from_json(tensor.get("data"), shape, spec, text)
+    if "data" in tensor:
+        raise RequestError(f"input '{name}' has both 'data' and 'binary_data_size'; send one of them")
+    if type(size) is not int or size < 0:
+        raise RequestError(f"'binary_data_size' of input '{name}' must be a whole number of bytes")
+    if size > len(binary):
+        raise RequestError(
+            f"unexpected size for input '{name}', expecting {size - len(binary)} additional bytes "
+            f"for model '{spec.name}'"
+        )
+    if size < len(binary):
+        raise RequestError(f"unexpected additional input data for model '{spec.name}'")
+    return images_from_bytes(binary, shape[0], spec)
+
+
+def _from_json(data: Any, shape: list[int], spec: ModelSpec, text: bytes | memoryview) -> Images:
+    what = f"input '{spec.input_name}' for model '{spec.name}'"
+    numbers = _flatten(data, shape, what)
+    # array() refuses text and null, but takes true for 1. A search for their letters is far cheaper than 10,000 types.
+    if _may_hold_words(text) and not set(map(type, numbers)) <= {int, float}:
+        raise RequestError(f"'data' of {what} must hold numbers only")
+    try:
+        flat = np.frombuffer(array("f", numbers), np.float32)
+    except TypeError:
+        raise RequestError(f"'data' of {what} must hold numbers only") from None
+    except OverflowError:
+        raise RequestError(f"'data' of {what} holds a number too large for FP32") from None
+    return check_finite(flat, spec).reshape(shape)
+
+
+def _may_hold_words(text: bytes | memoryview) -> bool:
+    """Whether "true" or "false" may stand after the key "data"; may err towards yes."""
+    whole = text if isinstance(text, bytes) else bytes(text)
+    place = whole.find(b'"data"')
+    return place < 0 or whole.find(b"r", place) >= 0 or whole.find(b"l", place) >= 0
 
 
 def _flatten(data: Any, shape: list[int], what: str) -> list[Any]:
@@ -183,21 +277,3 @@ def _flatten(data: Any, shape: list[int], what: str) -> list[Any]:
     if len(numbers) != math.prod(shape):
         raise RequestError(f"unexpected size of {what}: expected {math.prod(shape)} numbers, got {len(numbers)}")
     return numbers
-
-
-def _to_array(numbers: list[Any], what: str) -> NDArray[np.float32]:
-    if not set(map(type, numbers)) <= {int, float}:  # NumPy would take True and "1.5" for numbers
-        raise RequestError(f"'data' of {what} must hold numbers only")
-    try:
-        with np.errstate(over="ignore"):
-            array = np.array(numbers, dtype=np.float32)
-    except OverflowError:
-        raise RequestError(f"'data' of {what} holds a number too large for FP32") from None
-    if not np.isfinite(array).all():
-        raise RequestError(f"'data' of {what} holds a number too large for FP32")
-    return array
-
-
-def _quote(value: Any) -> str:
-    """A client's value inside a message: short, and only if it is text."""
-    return f"'{value[:100]}'" if isinstance(value, str) else f"({type(value).__name__})"

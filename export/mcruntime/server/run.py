@@ -4,80 +4,102 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import signal
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
-import numpy as np
 import uvicorn
 
-from mcruntime.batches import AnyBatch
-from mcruntime.bundle import Bundle, load_bundle
-from mcruntime.engine import DEFAULT_BATCHES, OnnxRunner, Provider, Runner
 from mcruntime.errors import InputError, McdeployError
-from mcruntime.server.app import App, ServedModel
-from mcruntime.server.executor import Executor
-from mcruntime.server.protocol import ModelSpec
-from mcruntime.signature import verify_signature
-from mcruntime.tensorrt import TensorRTRunner
+from mcruntime.server.app import App
+from mcruntime.server.auth import Keys
+from mcruntime.server.loader import Target, check_unique, describe, find_in, open_model, parse_target, source_of
+from mcruntime.server.models import Models, Source
+from mcruntime.server.options import ServerOptions
 
-WARM_UP_RUNS = 3  # after the self-test, of one image
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+logger = logging.getLogger("mcruntime.server")
 
 
-def run(
-    bundles: Sequence[Path],
-    host: str,
-    port: int,
-    *,
-    threads: int | None,
-    provider: Provider,
-    max_batch_size: int,
-    max_queue: int,
-    max_body_bytes: int,
-    drain_s: float,
-    require_signature: Path | None,
-) -> None:
+def run(bundles: Sequence[Path | str], options: ServerOptions) -> None:
     """See ``mcruntime.server.serve``."""
-    if not bundles:
-        raise InputError("nothing to serve; give at least one bundle folder")
-    for key, value, least in (("max_batch_size", max_batch_size, 1), ("max_queue", max_queue, 0)):
-        if value < least:
-            raise InputError(f"{key}: expected at least {least}, got {value}")
+    if not bundles and options.repository is None:
+        raise InputError("nothing to serve; give at least one bundle folder, or a --repository of them")
     with ExitStack() as stack:
-        listener = stack.enter_context(_bind(host, port))  # before the models: a port in use is known at once
-        models = []
-        for bundle in _load_all(bundles, require_signature):
-            runner = stack.enter_context(_runner_of(bundle, provider, threads))
-            print(_prove(bundle, runner), flush=True)
-            models.append(_served(bundle, runner, max_batch_size, max_queue))
-        app = App(models, max_body_bytes)
+        listener = stack.enter_context(_bind(options.host, options.port))  # a port in use is known at once
+        keys = Keys(options.api_keys) if options.api_keys else None
+        control = Keys(options.control_keys) if options.control_keys else None
+        models = open_models([parse_target(bundle) for bundle in bundles], options)
+        stack.callback(models.close)
+        app = App(models, options, keys=keys, control=control)
         stack.callback(app.close)
-        _listen(listener, app, drain_s)
+        _listen(listener, app, options)
 
 
-class _DrainingServer(uvicorn.Server):
+def open_models(targets: Sequence[Target], options: ServerOptions) -> Models:
+    """Load all that is asked for, printing a line for each.
+
+    Raises:
+        InputError: two of one name and version, or a split that names what is not there.
+        BundleError, BackendError, ParityError: a bundle that is damaged, cannot run here, or fails its self-test.
+    """
+    fixed = [source_of(target, options) for target in targets]
+
+    def sources() -> list[Source]:
+        found = find_in(options.repository) if options.repository is not None else []
+        given = {(source.name, source.version) for source in fixed}
+        more = [source_of(target, options) for target in found]
+        return [*fixed, *(source for source in more if (source.name, source.version) not in given)]
+
+    check_unique(fixed)
+    models = Models(sources, split=options.split)
+    try:
+        for source in sources():
+            model = source.load()
+            print(describe(model), flush=True)
+            models.add(model)
+            models.remember(source)
+        for name, shares in options.split.items():
+            for version in shares:
+                if version not in models.versions(name):
+                    raise InputError(f"split: there is no version {version} of {name!r} here; serve it, too")
+    except BaseException:
+        models.close()
+        raise
+    return models
+
+
+class DrainingServer(uvicorn.Server):
     """uvicorn that, told to stop, first answers 503 to new work until what is in flight is done, then closes."""
 
-    def __init__(self, app: App, drain_s: float) -> None:
+    def __init__(self, app: App, options: ServerOptions) -> None:
         super().__init__(
             uvicorn.Config(
                 app, lifespan="off", ws="none", log_level="warning", access_log=False, server_header=False,
-                timeout_graceful_shutdown=1,
+                timeout_graceful_shutdown=1, loop="uvloop", http="httptools", **_tls(options),
             )
         )  # fmt: skip
         self._app = app
-        self._drain_s = drain_s
+        self._drain_s = options.drain_s
         self.num_cut_off = 0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._app.draining = True
         super().handle_exit(sig, frame)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        loop = asyncio.get_running_loop()
+        if hasattr(signal, "SIGHUP") and threading.current_thread() is threading.main_thread():
+            loop.add_signal_handler(signal.SIGHUP, lambda: loop.create_task(self._app.models.reload()))
+        await super().startup(sockets)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         deadline = time.monotonic() + self._drain_s
@@ -87,24 +109,39 @@ class _DrainingServer(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def _listen(listener: socket.socket, app: App, drain_s: float) -> None:
-    server = _DrainingServer(app, drain_s)
+def _tls(options: ServerOptions) -> dict[str, Any]:
+    if options.tls_cert is None:
+        return {}
+    for path in (options.tls_cert, options.tls_key, options.tls_client_ca):
+        if path is not None and not path.is_file():
+            raise InputError(f"{path}: no such file; TLS needs a certificate and its key in PEM")
+    return {
+        "ssl_certfile": str(options.tls_cert),
+        "ssl_keyfile": str(options.tls_key),
+        "ssl_ca_certs": str(options.tls_client_ca) if options.tls_client_ca else None,
+        "ssl_cert_reqs": ssl.CERT_REQUIRED if options.tls_client_ca else ssl.CERT_NONE,
+    }
+
+
+def _listen(listener: socket.socket, app: App, options: ServerOptions) -> None:
+    server = DrainingServer(app, options)
     host, port = listener.getsockname()[:2]
+    scheme = "https" if options.tls_cert else "http"
     with _signals_stop(server):
         try:
             listener.listen(2048)
         except OSError:
             raise _in_use(host, port) from None
-        print(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+        print(f"listening on {scheme}://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
         server.run(sockets=[listener])
     if server.num_cut_off:
         raise McdeployError(
-            f"{server.num_cut_off} requests were cut off: not done {drain_s:.0f} s after the stop signal"
+            f"{server.num_cut_off} requests were cut off: not done {options.drain_s:.0f} s after the stop signal"
         )
 
 
 @contextmanager
-def _signals_stop(server: _DrainingServer) -> Iterator[None]:
+def _signals_stop(server: DrainingServer) -> Iterator[None]:
     """uvicorn raises the signal that stopped it again afterwards; let it meet a handler, so that we exit with 0."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -140,66 +177,3 @@ def _bind(host: str, port: int) -> socket.socket:
 
 def _in_use(host: str, port: int) -> InputError:
     return InputError(f"{host}:{port} is in use already; choose another --port, or 0 for any free one")
-
-
-def _load_all(paths: Sequence[Path], require_signature: Path | None) -> list[Bundle]:
-    bundles: dict[str, Bundle] = {}
-    for path in paths:
-        if require_signature is not None:
-            verify_signature(path, require_signature)
-        bundle = load_bundle(path)
-        name = bundle.manifest.name
-        if name in bundles:
-            raise InputError(f"{path} and {bundles[name].folder} are both named {name!r}; serve one of them")
-        bundles[name] = bundle
-    return list(bundles.values())
-
-
-def _runner_of(bundle: Bundle, provider: Provider, threads: int | None) -> Runner:
-    name = bundle.manifest.name
-    if bundle.model.backend == "tensorrt":
-        if provider != "cpu":
-            raise InputError(
-                f"{bundle.folder}: is a TensorRT engine, which runs without ONNX Runtime; leave --provider {provider} "
-                "away, or name another model of the bundle"
-            )
-        assert bundle.model.engine is not None  # the manifest holds no other
-        return AnyBatch(TensorRTRunner(bundle.model_path, name=name), bundle.model.engine.batch)
-    runner = OnnxRunner(
-        bundle.model_path,
-        provider=provider,
-        threads=threads,
-        name=name,
-        spinning=False,
-        types=bundle.model.precision,
-    )
-    return AnyBatch(runner, DEFAULT_BATCHES) if provider == "tensorrt" else runner
-
-
-def _prove(bundle: Bundle, runner: Runner) -> str:
-    """Self-test and warm-up; returns one line for the user."""
-    worst = bundle.selftest(runner)
-    manifest, facts = bundle.manifest, runner.facts()
-    _, height, width = manifest.input.shape
-    threads = f" with {facts['threads']} threads" if "threads" in facts else ""
-    for _ in range(WARM_UP_RUNS):
-        runner.infer(np.zeros((1, *manifest.input.shape), dtype=np.float32))
-    return (
-        f"{manifest.name}: bundle {manifest.id[:12]}, model {bundle.key}, {height} x {width} pixels, "
-        f"{manifest.output.num_classes} classes, "
-        f"{facts['provider']}{threads}, self-test off by {worst:.1e} "
-        f"(at most {bundle.model.selftest_max_abs:.1e})"
-    )
-
-
-def _served(bundle: Bundle, runner: Runner, max_batch_size: int, max_queue: int) -> ServedModel:
-    manifest = bundle.manifest
-    spec = ModelSpec(
-        name=manifest.name,
-        input_name=manifest.input.name,
-        shape=manifest.input.shape,
-        output_name=manifest.output.name,
-        num_classes=manifest.output.num_classes,
-        max_batch_size=max_batch_size,
-    )
-    return ServedModel(spec, manifest.labels, manifest.preprocessing, Executor(runner, max_queue))

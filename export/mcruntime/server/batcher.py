@@ -1,0 +1,319 @@
+"""Dynamic batching: requests are gathered while the engine is busy, and leave together when it is free.
+
+No fixed wait: an idle engine takes a request at once, so at low load a request is run alone and at high load batches
+grow by themselves to what has arrived during one inference.
+
+A request is WAITING in the queue, then TAKEN by a worker, then DONE; every step is made under one lock.
+
+Invariants, each held by a property test (tests/test_batcher.py):
+
+1.  Once and only once: a request that was accepted is delivered exactly one outcome: its answer or one error.
+2.  Its own: the rows a request gets are those computed from its images, in their order.
+3.  In order: batches are made of the requests that wait longest; nobody is overtaken.
+4.  Bounded batch: a batch holds at most ``max_batch`` images, unless it is one request that alone holds more.
+5.  Bounded queue: at most ``max_queue`` requests wait; one more is refused at once, without waiting.
+6.  No idling: with ``max_delay_s`` = 0, a free worker and a waiting request do not exist at the same time.
+7.  In time: a request whose deadline has passed is delivered DeadlineError by the next ``expire``; it is never run after.
+8.  Alone in error: when a batch fails, its requests are run one by one, so that only the guilty one gets the error.
+9.  Cancelled is gone: a cancelled request is delivered nothing, and is never run if it was still waiting.
+10. Closing loses nothing: what was accepted before ``close`` is answered; afterwards ``submit`` raises Closed.
+
+No asyncio and no model in here. ``deliver`` is called in a worker's thread (or in the caller's of ``expire``), outside
+the lock, and must be quick and not raise.
+"""
+
+# B = batch, C = channels, H/W = height/width, N = classes.
+from __future__ import annotations
+
+import threading
+import time
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mcruntime.server.errors import DeadlineError, OverloadedError
+
+Images = NDArray[np.float32]
+Logits = NDArray[np.float32]
+MAX_QUEUED_BYTES = 512 << 20  # of images that wait, all requests of a model together
+
+
+class Closed(Exception):
+    """The batcher takes no more requests."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a request gets, with the times of its way in seconds."""
+
+    logits: Logits  # [B, N]; B as the request's
+    queue_s: float  # from submit until a worker took it
+    compute_s: float  # of the whole batch
+    batch: int  # images in that batch, without filling
+
+
+Outcome = Answer | Exception
+
+
+class State(Enum):
+    WAITING = "waiting"
+    TAKEN = "taken"
+    DONE = "done"
+
+
+class Ticket:
+    """One accepted request."""
+
+    __slots__ = ("arrived", "deadline", "deliver", "images", "state")
+
+    def __init__(self, images: Images, deliver: Callable[[Outcome], None], deadline: float) -> None:
+        self.images = images
+        self.deliver = deliver
+        self.deadline = deadline
+        self.arrived = time.monotonic()
+        self.state = State.WAITING
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """One inference, for the statistics; times in seconds."""
+
+    images: int  # without filling
+    queue_s: Sequence[float]  # of every request in it
+    input_s: float  # putting the batch together
+    compute_s: float
+    output_s: float  # handing the answers out
+    failed: bool
+
+
+class Batcher:
+    """The queue of one model and the threads that run it.
+
+    Args:
+        infer: logits [B, N] of images [B, C, H, W]; called from ``workers`` threads.
+        max_batch: images put together for one inference.
+        max_queue: requests that may wait while all workers are busy.
+        max_delay_s: how long a free worker waits for a fuller batch, counted from the oldest request's arrival.
+        buckets: sizes that are run; a batch in between is filled up with copies of its last image. Empty: any size.
+        workers: inferences at the same time.
+        on_run: told of every inference, in the worker's thread.
+    """
+
+    def __init__(
+        self,
+        infer: Callable[[Images], Logits],
+        *,
+        max_batch: int = 32,
+        max_queue: int = 256,
+        max_delay_s: float = 0.0,
+        buckets: Sequence[int] = (),
+        workers: int = 1,
+        on_run: Callable[[Ran], None] = lambda ran: None,
+    ) -> None:
+        self.max_batch = max_batch
+        self.max_queue = max_queue
+        self._infer = infer
+        self.max_delay_s = max_delay_s
+        self.num_workers = workers
+        self._buckets = sorted(buckets)
+        self._on_run = on_run
+        self._queue: deque[Ticket] = deque()
+        self._queued_bytes = 0
+        self._running: set[Ticket] = set()
+        self._idle = 0
+        self._closed = False
+        self._changed = threading.Condition(threading.Lock())
+        self._threads = [threading.Thread(target=self._work, name=f"infer-{i}", daemon=True) for i in range(workers)]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._queue)
+
+    def submit(self, images: Images, deliver: Callable[[Outcome], None], deadline: float = float("inf")) -> Ticket:
+        """Accept a request.
+
+        Args:
+            images: [B, C, H, W], checked already; not to be changed until the outcome is there.
+            deliver: called once with the outcome.
+            deadline: on ``time.monotonic``'s clock.
+
+        Raises:
+            OverloadedError: ``max_queue`` requests wait already.
+            Closed: after ``close``.
+        """
+        ticket = Ticket(images, deliver, deadline)
+        with self._changed:
+            if self._closed:
+                raise Closed
+            # An idle worker will take it at once, so it need not fit into the queue.
+            if len(self._queue) >= self.max_queue + self._idle:
+                raise OverloadedError
+            if self._queue and self._queued_bytes + images.nbytes > MAX_QUEUED_BYTES:
+                raise OverloadedError
+            self._queue.append(ticket)
+            self._queued_bytes += images.nbytes
+            if self._idle:
+                self._changed.notify()
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> bool:
+        """Forget a request. False: its outcome was delivered already, or is being delivered."""
+        with self._changed:
+            if ticket.state is State.DONE:
+                return False
+            if ticket.state is State.WAITING:
+                self._queue.remove(ticket)
+                self._queued_bytes -= ticket.images.nbytes
+            ticket.state = State.DONE
+            return True
+
+    def expire(self, now: float | None = None) -> int:
+        """Deliver DeadlineError to all whose deadline has passed, waiting or running; returns how many are left."""
+        now = time.monotonic() if now is None else now
+        with self._changed:
+            late = [ticket for ticket in (*self._queue, *self._running) if ticket.deadline <= now]
+            late = [ticket for ticket in late if ticket.state is not State.DONE]
+            for ticket in late:
+                if ticket.state is State.WAITING:
+                    self._queue.remove(ticket)
+                    self._queued_bytes -= ticket.images.nbytes
+                ticket.state = State.DONE
+            left = len(self._queue) + len(self._running)
+        for ticket in late:
+            ticket.deliver(DeadlineError())
+        return left
+
+    def close(self) -> None:
+        """Take no more; what was accepted is still answered. Returns at once; ``join`` waits."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def join(self, timeout_s: float | None = None) -> bool:
+        """Wait until the workers are gone; False: one still runs."""
+        end = None if timeout_s is None else time.monotonic() + timeout_s
+        for thread in self._threads:
+            thread.join(None if end is None else max(0.0, end - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def _work(self) -> None:
+        buffer: Images | None = None
+        while True:
+            batch, late, more = self._take()
+            for ticket in late:
+                ticket.deliver(DeadlineError())
+            if batch:
+                if len(batch) > 1 and buffer is None:
+                    buffer = np.empty((max([self.max_batch, *self._buckets]), *batch[0].images.shape[1:]), np.float32)
+                self._run(batch, buffer)
+            elif not more:
+                return
+
+    def _take(self) -> tuple[list[Ticket], list[Ticket], bool]:
+        """The next batch, oldest first; those found too late on the way; False: closed, and nothing is left."""
+        with self._changed:
+            while True:
+                wait_s: float | None = None
+                if self._queue:
+                    wait_s = self._still_to_wait()
+                    if wait_s <= 0:
+                        return *self._take_waiting(), True
+                elif self._closed:
+                    return [], [], False
+                self._idle += 1
+                self._changed.wait(wait_s)
+                self._idle -= 1
+
+    def _still_to_wait(self) -> float:
+        if self.max_delay_s == 0 or self._closed:
+            return 0.0
+        if sum(len(ticket.images) for ticket in self._queue) >= self.max_batch:
+            return 0.0
+        return self._queue[0].arrived + self.max_delay_s - time.monotonic()
+
+    def _take_waiting(self) -> tuple[list[Ticket], list[Ticket]]:
+        now, images = time.monotonic(), 0
+        batch: list[Ticket] = []
+        late: list[Ticket] = []
+        while self._queue and not (batch and images + len(self._queue[0].images) > self.max_batch):
+            ticket = self._queue.popleft()
+            self._queued_bytes -= ticket.images.nbytes
+            if ticket.deadline <= now:
+                ticket.state = State.DONE
+                late.append(ticket)
+                continue
+            ticket.state = State.TAKEN
+            batch.append(ticket)
+            images += len(ticket.images)
+        self._running.update(batch)
+        return batch, late
+
+    def _run(self, batch: list[Ticket], buffer: Images | None) -> None:
+        taken = time.monotonic()
+        sizes = [len(ticket.images) for ticket in batch]
+        images_BCHW = self._filled(batch, sum(sizes), buffer)
+        started = time.monotonic()
+        logits_BN, error = self._try(images_BCHW)
+        ended = time.monotonic()
+        if error is not None and len(batch) > 1:
+            for ticket in batch:
+                if ticket.state is State.TAKEN:
+                    self._run([ticket], buffer)
+            return
+        queue_s = [taken - ticket.arrived for ticket in batch]
+        outcomes: list[Outcome] = []
+        first = 0
+        for size, waited in zip(sizes, queue_s, strict=True):
+            if logits_BN is None:
+                outcomes.append(error or RuntimeError("no answer"))
+            else:
+                outcomes.append(Answer(logits_BN[first : first + size], waited, ended - started, sum(sizes)))
+            first += size
+        # Before anyone is answered: who then asks for the statistics finds itself in them.
+        self._on_run(
+            Ran(sum(sizes), queue_s, started - taken, ended - started, time.monotonic() - ended, error is not None)
+        )
+        self._finish(batch, outcomes)
+
+    def _try(self, images_BCHW: Images) -> tuple[Logits | None, Exception | None]:
+        """Whatever goes wrong is the requests' outcome: a worker that dies would lose all that wait."""
+        try:
+            return self._infer(images_BCHW), None
+        except Exception as error:
+            return None, error
+
+    def _filled(self, batch: list[Ticket], images: int, buffer: Images | None) -> Images:
+        """One array for the batch: the request's own if it is alone and of a size that is run."""
+        place = bisect_left(self._buckets, images)
+        size = self._buckets[place] if place < len(self._buckets) else images
+        if len(batch) == 1 and size == images:
+            return batch[0].images
+        if buffer is None or size > len(buffer):
+            buffer = np.empty((size, *batch[0].images.shape[1:]), np.float32)
+        first = 0
+        for ticket in batch:
+            buffer[first : first + len(ticket.images)] = ticket.images
+            first += len(ticket.images)
+        buffer[first:size] = buffer[first - 1]
+        return buffer[:size]
+
+    def _finish(self, batch: list[Ticket], outcomes: list[Outcome]) -> None:
+        with self._changed:
+            self._running.difference_update(batch)
+            # Expired or cancelled meanwhile: has its outcome.
+            open_ones = [
+                (ticket, outcome)
+                for ticket, outcome in zip(batch, outcomes, strict=True)
+                if ticket.state is State.TAKEN
+            ]
+            for ticket, _ in open_ones:
+                ticket.state = State.DONE
+        for ticket, outcome in open_ones:
+            ticket.deliver(outcome)

@@ -1,0 +1,59 @@
+"""What a client is told when it does not get an answer: one class for every way out, each with its HTTP status.
+
+The texts go to strangers: no path, no process id, no version, no name of ours but the model's.
+"""
+
+from __future__ import annotations
+
+from mcruntime.errors import InputError
+
+RETRY_AFTER_S = 1
+
+
+class RequestError(InputError):
+    """The request cannot be answered.
+
+    Attributes:
+        status: the HTTP status; gRPC's code follows from it.
+        retry_after_s: seconds after which the same request may succeed; None: never.
+    """
+
+    def __init__(self, message: str, status: int = 400, retry_after_s: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.retry_after_s = retry_after_s
+
+
+class NotFoundError(RequestError):
+    """No such model, version or path."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, 404)
+
+
+class TooLargeError(RequestError):
+    """More bytes, pixels or images than allowed."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, 413)
+
+
+class OverloadedError(RequestError):
+    """No room; the client may come back."""
+
+    def __init__(self, message: str = "Exceeds maximum queue size; try again") -> None:
+        super().__init__(message, 503, RETRY_AFTER_S)
+
+
+class DeadlineError(RequestError):
+    """Not done in time."""
+
+    def __init__(self, message: str = "Request timeout expired") -> None:
+        super().__init__(message, 504)
+
+
+class UnavailableError(RequestError):
+    """The server or the model is being shut down or unloaded."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, 503, RETRY_AFTER_S)

@@ -1,0 +1,355 @@
+"""The models that are served: names, versions, loading, and which version answers.
+
+A name is looked up in a dict that was filled from the command line and from the folders of ``--repository``; nothing
+from a request is joined into a path, fetched or unpickled. All of it lives on the event loop's thread; what takes long
+(reading, proving, draining) runs in a thread of its own, one model at a time.
+"""
+
+# B = batch, C = channels, H/W = height/width, N = classes.
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from mcruntime.errors import McdeployError
+from mcruntime.preprocess import Preprocessing
+from mcruntime.server.batcher import Answer, Batcher, Closed, Outcome, Ran
+from mcruntime.server.errors import NotFoundError, OverloadedError, RequestError, UnavailableError
+from mcruntime.server.statistics import Statistics
+from mcruntime.server.tensors import Images, Logits, ModelSpec
+
+TICK_S = 0.02  # how often deadlines are looked at, while there are requests
+logger = logging.getLogger("mcruntime.server")
+
+
+class Model:
+    """One version of a model that is loaded and has passed its self-test.
+
+    Args:
+        spec: its tensors.
+        infer: logits [B, N] of images [B, C, H, W]; called in a thread of the batcher.
+        release: lets go of what ``infer`` needs.
+        about: the page's and the index's facts: ``bundle`` (id), ``provider``, ``threads``, ...
+        batching: arguments of ``Batcher``.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        infer: Callable[[Images], Logits],
+        preprocessing: Preprocessing,
+        *,
+        release: Callable[[], None] = lambda: None,
+        about: Mapping[str, Any] | None = None,
+        folder: Any = None,
+        **batching: Any,
+    ) -> None:
+        self.spec = spec
+        self.preprocessing = preprocessing
+        self.about = dict(about or {})
+        self.folder = folder  # of the bundle, for its reports; None: a model without one
+        self.statistics = Statistics()
+        self.batcher = Batcher(infer, on_run=self.statistics.ran, **batching)
+        self._release = release
+        self._watching = False
+
+    async def infer(self, images: Images, timeout_s: float) -> Answer:
+        """The answer of the engine, in the batch that the moment makes.
+
+        Args:
+            images: [B, C, H, W], checked.
+            timeout_s: from now.
+
+        Raises:
+            OverloadedError, DeadlineError: the queue is full; not done in time.
+            Closed: the model was unloaded meanwhile; another version may be there.
+            McdeployError: the engine failed.
+        """
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Answer] = loop.create_future()
+
+        def deliver(outcome: Outcome) -> None:
+            try:
+                loop.call_soon_threadsafe(_settle, future, outcome)
+            except RuntimeError:  # the loop is closed: nobody is left to be told
+                logger.debug("an answer came after the end")
+
+        ticket = self.batcher.submit(images, deliver, time.monotonic() + timeout_s)
+        if not self._watching:
+            self._watching = True
+            loop.call_later(TICK_S, self._tick, loop)
+        try:
+            return await future
+        except asyncio.CancelledError:
+            self.batcher.cancel(ticket)
+            raise
+
+    def close(self) -> None:
+        """Answer what was accepted, then let the engine go. Blocks; not for the event loop."""
+        self.batcher.close()
+        self.batcher.join()
+        self._release()
+
+    def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self.batcher.expire():
+            loop.call_later(TICK_S, self._tick, loop)
+        else:
+            self._watching = False
+
+
+def _settle(future: asyncio.Future[Answer], outcome: Outcome) -> None:
+    if future.done():
+        return
+    if isinstance(outcome, Exception):
+        future.set_exception(outcome)
+    else:
+        future.set_result(outcome)
+
+
+@dataclass
+class Entry:
+    """A name that may be served, and what is served under it."""
+
+    name: str
+    loaded: dict[str, Model] = field(default_factory=dict)  # by version
+    reasons: dict[str, str] = field(default_factory=dict)  # why a version is not there, in words without paths
+    state: str = ""  # LOADING, UNLOADING while it lasts
+    shares: dict[str, float] = field(default_factory=dict)  # of requests that name no version; empty: all to the newest
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a version of a model is loaded from."""
+
+    name: str
+    version: str
+    load: Callable[[], Model]  # blocking; McdeployError: it cannot be served
+    stamp: Callable[[], str]  # changes when there is something new to load
+
+
+class Models:
+    """All of them.
+
+    Args:
+        sources: what may be loaded, looked at anew at every ``load`` and ``index``.
+        split: by name and version, shares of the requests that name no version.
+        pick: a random number in [0, 1).
+    """
+
+    def __init__(
+        self,
+        sources: Callable[[], Sequence[Source]] = lambda: (),
+        *,
+        split: Mapping[str, Mapping[str, float]] | None = None,
+        pick: Callable[[], float] = random.random,
+    ) -> None:
+        self._sources = sources
+        self._split = {name: dict(shares) for name, shares in (split or {}).items()}
+        self._pick = pick
+        self._entries: dict[str, Entry] = {}
+        self._stamps: dict[tuple[str, str], str] = {}
+        self._control = asyncio.Lock()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="load")
+        self._drains = ThreadPoolExecutor(4, thread_name_prefix="drain")
+
+    # ------------------------------------------------------------------------------------------------------- lookup
+
+    def find(self, name: str, version: str = "") -> Model:
+        """The model that answers a request.
+
+        Raises:
+            NotFoundError: no such name or version, or not loaded.
+        """
+        entry = self._entries.get(name)
+        if entry is None:
+            raise NotFoundError(f"Request for unknown model: '{name[:100]}' is not found")
+        if not entry.loaded:
+            raise NotFoundError(f"Request for unknown model: '{name}' has no available versions")
+        if version:
+            model = entry.loaded.get(version)
+            if model is None:
+                raise NotFoundError(
+                    f"Request for unknown model: '{name}' version {version[:20]} is not found"
+                )
+            return model
+        if len(entry.loaded) == 1:
+            return next(iter(entry.loaded.values()))
+        return entry.loaded[self._choose(entry)]
+
+    def only(self) -> Model:
+        """The model that is meant when a request names none.
+
+        Raises:
+            NotFoundError: none or several are served.
+        """
+        names = [name for name, entry in self._entries.items() if entry.loaded]
+        if len(names) != 1:
+            raise NotFoundError(
+                "several models are served here; POST to /v2/models/{name}/predict" if names else "no model is loaded"
+            )
+        return self.find(names[0])
+
+    def versions(self, name: str) -> list[str]:
+        """Those that are loaded, oldest first."""
+        return sorted(self._entries[name].loaded, key=int) if name in self._entries else []
+
+    def __iter__(self) -> Any:
+        """Every loaded version of every model."""
+        for name in sorted(self._entries):
+            for version in self.versions(name):
+                yield self._entries[name].loaded[version]
+
+    def is_ready(self) -> bool:
+        """Whether everything that is meant to be served is."""
+        return any(entry.loaded for entry in self._entries.values())
+
+    def _choose(self, entry: Entry) -> str:
+        shares = {version: share for version, share in entry.shares.items() if version in entry.loaded and share > 0}
+        if not shares:
+            return max(entry.loaded, key=int)
+        left = self._pick() * sum(shares.values())
+        for version, share in shares.items():
+            left -= share
+            if left < 0:
+                return version
+        return next(reversed(shares))
+
+    async def infer(self, name: str, version: str, images: Images, timeout_s: float) -> tuple[Model, Answer]:
+        """``Model.infer`` of the version that is there now: one that is being replaced hands over to the next.
+
+        Raises:
+            as ``find`` and ``Model.infer``.
+        """
+        while True:
+            model = self.find(name, version)
+            try:
+                return model, await model.infer(images, timeout_s)
+            except Closed:
+                if self._entries[name].loaded.get(model.spec.version) is model:
+                    raise UnavailableError("the model is being unloaded; try again") from None
+
+    # ------------------------------------------------------------------------------------------------------ control
+
+    def add(self, model: Model) -> Model | None:
+        """Serve a version from now on; returns the one it replaces, which the caller closes."""
+        entry = self._entries.setdefault(model.spec.name, Entry(model.spec.name))
+        entry.shares = self._split.get(model.spec.name, {})
+        before = entry.loaded.get(model.spec.version)
+        entry.loaded = {**entry.loaded, model.spec.version: model}
+        entry.reasons.pop(model.spec.version, None)
+        return before
+
+    def index(self) -> list[dict[str, str]]:
+        """Every name and version that is known, as the repository extension lists them."""
+        known: dict[str, set[str]] = {name: set(entry.loaded) | set(entry.reasons) for name, entry in self._entries.items()}
+        for source in self._sources():
+            known.setdefault(source.name, set()).add(source.version)
+        rows = []
+        for name in sorted(known):
+            entry = self._entries.get(name, Entry(name))
+            for version in sorted(known[name], key=int):
+                if version in entry.loaded:
+                    rows.append({"name": name, "version": version, "state": entry.state or "READY", "reason": ""})
+                else:
+                    reason = entry.reasons.get(version, "not loaded")
+                    rows.append(
+                        {"name": name, "version": version, "state": entry.state or "UNAVAILABLE", "reason": reason}
+                    )
+        return rows
+
+    async def load(self, name: str, *, changed_only: bool = False) -> None:
+        """Load all versions of a name, or load them again; the old ones answer until the new ones have proved
+        themselves, and for ever if they do not.
+
+        Args:
+            changed_only: leave a version alone whose files are as they were.
+
+        Raises:
+            RequestError: 400; the name is not known, or a version does not load. What was there before still is.
+        """
+        async with self._control:
+            loop = asyncio.get_running_loop()
+            sources = await loop.run_in_executor(self._thread, lambda: list(self._sources()))
+            mine = [source for source in sources if source.name == name]
+            if not mine:
+                raise RequestError(f"failed to load '{name[:100]}', failed to poll from model repository")
+            entry = self._entries.setdefault(name, Entry(name))
+            entry.state = "LOADING" if not entry.loaded else ""
+            try:
+                for source in mine:
+                    await self._load_one(source, entry, changed_only)
+                for version in set(entry.loaded) - {source.version for source in mine}:
+                    self._drop(entry, version, "its files are gone")
+            finally:
+                entry.state = ""
+
+    async def _load_one(self, source: Source, entry: Entry, changed_only: bool) -> None:
+        loop = asyncio.get_running_loop()
+        key = source.name, source.version
+        stamp = await loop.run_in_executor(self._thread, source.stamp)
+        if changed_only and source.version in entry.loaded and self._stamps.get(key) == stamp:
+            return
+        try:
+            model = await loop.run_in_executor(self._thread, source.load)
+        except McdeployError as error:
+            logger.error("%s version %s was not loaded: %s", source.name, source.version, error)
+            entry.reasons[source.version] = "failed its checks; see the server's log"
+            still = "; the version that was there still answers" if source.version in entry.loaded else ""
+            raise RequestError(
+                f"failed to load '{source.name}', version {source.version} did not pass its checks{still}"
+            ) from None
+        before = self.add(model)
+        self._stamps[key] = stamp
+        logger.info("%s version %s was loaded", source.name, source.version)
+        if before is not None:
+            self._close_later(before)
+
+    async def unload(self, name: str) -> None:
+        """Take a name out of service; what was accepted is still answered. An unknown name is none, as in Triton."""
+        async with self._control:
+            entry = self._entries.get(name)
+            for version in list(entry.loaded) if entry else []:
+                assert entry is not None
+                self._drop(entry, version, "unloaded")
+
+    async def reload(self) -> None:
+        """Load what has changed or is new, by name; a failure is logged, and its old version stays."""
+        names = {source.name for source in self._sources()}
+        for name in sorted(names):
+            try:
+                await self.load(name, changed_only=True)
+            except RequestError as error:
+                logger.error("%s", error)
+
+    def remember(self, source: Source) -> None:
+        """That a source was loaded at start, as it is now."""
+        self._stamps[source.name, source.version] = source.stamp()
+
+    def close(self) -> None:
+        """Stop all models, answering what they accepted. Blocks."""
+        for model in self:
+            model.batcher.close()
+        for model in self:
+            model.close()
+        self._thread.shutdown(cancel_futures=True)
+        self._drains.shutdown()
+
+    def _drop(self, entry: Entry, version: str, reason: str) -> None:
+        model = entry.loaded[version]
+        entry.loaded = {key: value for key, value in entry.loaded.items() if key != version}
+        entry.reasons[version] = reason
+        self._stamps.pop((entry.name, version), None)
+        logger.info("%s version %s was taken out of service", entry.name, version)
+        self._close_later(model)
+
+    def _close_later(self, model: Model) -> None:
+        self._drains.submit(model.close)
+
+
+__all__ = ["Closed", "Model", "Models", "OverloadedError", "Ran", "Source"]

@@ -1,0 +1,104 @@
+"""Requests and answers of the HTTP side as plain data, and the table that leads from one to the other."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import parse_qs
+
+from mcruntime.server.protocol import dump
+
+JSON = "application/json"
+
+
+@dataclass(slots=True)
+class Timing:
+    """Where a request's time went, in seconds; filled in on the way."""
+
+    decode_s: float = 0.0
+    queue_s: float = 0.0
+    compute_s: float = 0.0
+    batch: int = 0  # images in the batch it was run in
+
+
+@dataclass(slots=True)
+class Request:
+    """One HTTP request.
+
+    Attributes:
+        headers: names in lower case; of a repeated one, the last.
+        args: what the path's pattern names.
+        read: the whole body, within the server's limits.
+        model, version: of the model that answered, set on the way.
+    """
+
+    method: str
+    path: str
+    query_string: bytes
+    headers: dict[bytes, bytes]
+    read: Callable[[], Awaitable[bytes]]
+    id: str = ""
+    args: dict[str, str] = field(default_factory=dict)
+    timing: Timing = field(default_factory=Timing)
+    model: str = ""
+    version: str = ""
+    images: int = 0
+
+    def header(self, name: str) -> str:
+        """A header's value; "" if there is none."""
+        return self.headers.get(name.encode(), b"").decode("latin-1")
+
+    @property
+    def query(self) -> dict[str, str]:
+        """The first value of every parameter of the query."""
+        pairs = parse_qs(self.query_string.decode("latin-1"), keep_blank_values=True, max_num_fields=32)
+        return {name: values[0] for name, values in pairs.items()}
+
+
+@dataclass(slots=True)
+class Response:
+    """One HTTP answer."""
+
+    body: bytes = b""
+    status: int = 200
+    content_type: str = JSON
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+@dataclass(frozen=True)
+class Route:
+    """A path, as a regular expression that must match all of it, and what answers each method there."""
+
+    pattern: str
+    handlers: dict[str, Handler]
+    open_to_all: bool = False  # no API key is asked for
+
+
+def as_json(tree: Any, status: int = 200, headers: tuple[tuple[str, str], ...] = ()) -> Response:
+    """A tree as a JSON answer."""
+    return Response(dump(tree), status, JSON, headers)
+
+
+def as_error(message: str, status: int, headers: tuple[tuple[str, str], ...] = ()) -> Response:
+    """Every error looks like this."""
+    return as_json({"error": message}, status, headers)
+
+
+class Router:
+    """Finds the route of a path."""
+
+    def __init__(self, routes: list[Route]) -> None:
+        self._routes = [(re.compile(route.pattern), route) for route in routes]
+
+    def find(self, path: str) -> tuple[Route, dict[str, str]] | None:
+        """The first route whose pattern matches, and what the pattern names."""
+        for pattern, route in self._routes:
+            match = pattern.fullmatch(path)
+            if match:
+                return route, {name: value or "" for name, value in match.groupdict().items()}
+        return None
