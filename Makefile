@@ -25,11 +25,11 @@ format: $(VENV)/.ready-dev
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mcdeploy needs Python 3.11 or newer")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -e '.[train,serve,sign,$(ENGINE)]'
+	$(BIN)/python -m pip install -q -e '.[train,serve,grpc,sign,$(ENGINE)]'
 	touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready
-	$(BIN)/python -m pip install -q -e '.[train,serve,sign,$(ENGINE),dev]'
+	$(BIN)/python -m pip install -q -e '.[train,serve,grpc,trace,sign,$(ENGINE),dev]'
 	touch $@
 
 clean:

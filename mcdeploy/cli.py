@@ -12,11 +12,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from mcruntime.server.options import from_flags
 
 from mcdeploy.errors import InputError, McdeployError, MissingExtraError, ParityError
+from mcdeploy.serve_options import signature_of_serve
 
 if TYPE_CHECKING:
     from mcruntime.preprocess import Preprocessing
@@ -342,34 +344,19 @@ def inspect(
         print(f"drew {out}")
 
 
-@app.command()
-def serve(
-    bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE [BUNDLE ...]", help="Bundle folders.")],
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 8000,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of one inference.")] = None,
-    provider: Annotated[str, typer.Option(help="Of ONNX Runtime: cpu, cuda or tensorrt.")] = "cpu",
-    max_batch_size: Annotated[int, typer.Option(min=1, help="Images in one request.")] = 64,
-    max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; more are answered with 503.")] = 64,
-    require_signature: Annotated[
-        Path | None, typer.Option(metavar="KEY.pub", help="Refuse a bundle that the holder of this key did not sign.")
-    ] = None,
-) -> None:
-    """Serve bundles over HTTP: Open Inference Protocol v2 and POST /predict. Refuses a changed bundle."""
-    from mcruntime.engine import PROVIDERS, Provider
+def serve(**values: Any) -> None:
+    """Serve bundles: Open Inference Protocol v2 over HTTP and gRPC, POST /predict, and a page to try them on.
+
+    A changed bundle is refused. Requests are batched while the engine is busy.
+    """
     from mcruntime.server import serve as run_server
 
-    _only("--provider", [provider], list(PROVIDERS))
-    run_server(
-        bundles,
-        host,
-        port,
-        threads=threads,
-        provider=cast(Provider, provider),
-        max_batch_size=max_batch_size,
-        max_queue=max_queue,
-        require_signature=require_signature,
-    )
+    bundles = values.pop("bundles")
+    run_server(bundles or [], from_flags(values))
+
+
+serve.__signature__ = signature_of_serve()  # type: ignore[attr-defined]
+app.command()(serve)
 
 
 @app.command()

@@ -6,6 +6,7 @@ only. It has no ONNX Runtime backend, so its Python backend runs ``onnxruntime``
     python3.11 -m venv TRITON && TRITON/bin/pip install nvidia-pytriton==0.7.0 onnxruntime
     PYTHONPATH=tests python -m oracle record TRITON      writes tests/golden/triton_rest.json and triton_grpc.json
     PYTHONPATH=tests python -m oracle check TRITON       the same, but compares with what is stored
+    PYTHONPATH=tests python -m oracle clients TRITON     runs the checks of test_clients.py against it
     PYTHONPATH=tests python -m oracle compare            replays against our own server and prints every difference
 
 ``test_oracle.py`` replays the cases against our server and needs no Triton.
@@ -21,6 +22,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -28,20 +30,24 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import grpc
+import mcruntime
 from google.protobuf import json_format
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from oracle_cases import GRPC_CASES, REST_CASES, Call, Step
-from tiny_onnx import LABELS, write_model
+from tiny_onnx import LABELS, write_bundle, write_model
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 GOLDEN = Path(__file__).parent / "golden"
 HEADERS = ("Content-Type", "Content-Encoding", "Inference-Header-Content-Length", "Allow", "Accept-Encoding")
 VOLATILE = ("ns", "last_inference")  # numbers of the clock: only their type is compared
+NOTHING: Mapping[str, str] = MappingProxyType({})
+CONTROL_KEY = "control-key-of-a-test"
 WAIT_S = 5.0  # for a state that a request asked for, such as "unloaded"
 
 MODEL_PY = '''\
@@ -50,6 +56,7 @@ MODEL_PY = '''\
 import json
 import math
 import os
+import re
 
 import numpy as np
 import onnxruntime
@@ -81,26 +88,26 @@ instance_group [ { kind: KIND_CPU count: 1 } ]
 # REST
 
 
-def replay_rest(port: int) -> dict[str, list[Any]]:
+def replay_rest(port: int, headers: Mapping[str, str] = NOTHING) -> dict[str, list[Any]]:
     """The answers of the server at 127.0.0.1:port to every REST case, by name: one for each step."""
-    return {name: [send(port, step) for step in steps] for name, steps in REST_CASES.items()}
+    return {name: [send(port, step, headers) for step in steps] for name, steps in REST_CASES.items()}
 
 
-def send(port: int, step: Step) -> dict[str, Any]:
+def send(port: int, step: Step, headers: Mapping[str, str] = NOTHING) -> dict[str, Any]:
     """One request over a connection of its own, and its answer in a form that can be stored and compared."""
     deadline = time.monotonic() + WAIT_S
     while True:
-        answer = _send_once(port, step)
+        answer = _send_once(port, step, headers)
         if step.until is None or step.until.items() <= answer.items() or time.monotonic() > deadline:
             return answer
         time.sleep(0.05)
 
 
-def _send_once(port: int, step: Step) -> dict[str, Any]:
+def _send_once(port: int, step: Step, headers: Mapping[str, str]) -> dict[str, Any]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
     try:
         connection.putrequest(step.method, step.path, skip_accept_encoding=True)
-        for key, value in step.headers.items():
+        for key, value in {**headers, **step.headers}.items():
             connection.putheader(key, value)
         if step.method == "POST" and "Transfer-Encoding" not in step.headers:
             connection.putheader("Content-Length", str(len(step.body)))
@@ -142,29 +149,30 @@ def _masked(tree: Any) -> Any:
 # gRPC
 
 
-def replay_grpc(port: int) -> dict[str, list[Any]]:
+def replay_grpc(port: int, headers: Mapping[str, str] = NOTHING) -> dict[str, list[Any]]:
     """The answers of the server at 127.0.0.1:port to every gRPC case, by name: one for each call."""
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
-        return {name: [call(channel, one) for one in calls] for name, calls in GRPC_CASES.items()}
+        return {name: [call(channel, one, headers) for one in calls] for name, calls in GRPC_CASES.items()}
 
 
-def call(channel: grpc.Channel, one: Call) -> dict[str, Any]:
+def call(channel: grpc.Channel, one: Call, headers: Mapping[str, str] = NOTHING) -> dict[str, Any]:
     """One call (a stream: all its requests at once), and its answer in a form that can be stored and compared."""
     deadline = time.monotonic() + WAIT_S
     while True:
-        answer = _call_once(channel, one)
+        answer = _call_once(channel, one, headers)
         if one.until is None or one.until.items() <= answer.items() or time.monotonic() > deadline:
             return answer
         time.sleep(0.05)
 
 
-def _call_once(channel: grpc.Channel, one: Call) -> dict[str, Any]:
+def _call_once(channel: grpc.Channel, one: Call, headers: Mapping[str, str]) -> dict[str, Any]:
     method, request_class = _method(channel, one.method)
     requests = [json_format.ParseDict(tree, request_class()) for tree in one.requests]
+    options: dict[str, Any] = {"timeout": 20, "metadata": tuple(headers.items())}
     try:
         if one.method == "ModelStreamInfer":
-            return {"code": "OK", "stream": [_tree(answer, one) for answer in method(iter(requests), timeout=20)]}
-        return {"code": "OK", "json": _tree(method(requests[0], timeout=20), one)}
+            return {"code": "OK", "stream": [_tree(answer, one) for answer in method(iter(requests), **options)]}
+        return {"code": "OK", "json": _tree(method(requests[0], **options), one)}
     except grpc.RpcError as error:
         return {"code": error.code().name, "details": error.details()}
 
@@ -219,8 +227,8 @@ def triton(venv: Path) -> Iterator[tuple[int, int]]:
             _wait_until_ready(process, http_port, work / "log")
             yield http_port, grpc_port
         finally:
-            process.terminate()
-            process.wait(30)
+            process.kill()  # there is nothing to save, and it may take minutes to leave by itself
+            process.wait()
 
 
 def _write_repository(folder: Path) -> None:
@@ -247,6 +255,48 @@ def free_ports(count: int) -> list[int]:
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
         return [one.getsockname()[1] for one in sockets]
+
+
+# ours
+
+
+@contextlib.contextmanager
+def our_server(folder: Path, **options: Any) -> Iterator[tuple[int, int, dict[str, str]]]:
+    """Our server with the tiny model until the block ends; yields its two ports and the headers that allow control.
+
+    Args:
+        options: more fields of ``ServerOptions``.
+    """
+    keys = folder / "control.keys"
+    keys.write_text(f"{CONTROL_KEY}\n")
+    keys.chmod(0o600)
+    (grpc_port,) = free_ports(1)
+    given = {"port": 0, "grpc_port": grpc_port, "max_batch_size": 4, "control_keys": keys} | options
+    program = (
+        "from pathlib import *; from mcruntime.server import serve; from mcruntime.server.options import ServerOptions; "
+        f"serve([{str(write_bundle(folder / 'tiny'))!r}], ServerOptions(**{given!r}))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(mcruntime.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen([sys.executable, "-c", program], stdout=log, stderr=log, env=environment)
+    try:
+        http_port = _port_in(folder / "log", process)
+        with grpc.insecure_channel(f"127.0.0.1:{grpc_port}") as channel:
+            grpc.channel_ready_future(channel).result(timeout=WAIT_S)
+        yield http_port, grpc_port, {"authorization": f"Bearer {CONTROL_KEY}"}
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def _port_in(log: Path, process: subprocess.Popen[bytes]) -> int:
+    """Wait until the server has said where it listens."""
+    deadline = time.monotonic() + 30
+    while process.poll() is None and time.monotonic() < deadline:
+        if found := re.search(r"listening on http://127\.0\.0\.1:(\d+)", log.read_text()):
+            return int(found[1])
+        time.sleep(0.05)
+    raise RuntimeError(f"the server did not start:\n{log.read_text()}")
 
 
 # by hand
@@ -281,6 +331,17 @@ def main(arguments: list[str]) -> int:
             with triton(Path(venv).resolve()) as (http_port, grpc_port):
                 found = {"rest": replay_rest(http_port), "grpc": replay_grpc(grpc_port)}
             return sum(_show(kind, found[kind], read_golden(kind)) for kind in found) and 1
+        case ["compare"]:
+            with tempfile.TemporaryDirectory() as scratch, our_server(Path(scratch)) as (http_port, grpc_port, control):
+                found = {"rest": replay_rest(http_port, control), "grpc": replay_grpc(grpc_port, control)}
+            for kind, answers in found.items():
+                _show(kind, answers, read_golden(kind))
+            return 0
+        case ["clients", venv]:
+            with triton(Path(venv).resolve()) as (http_port, grpc_port):
+                environment = os.environ | {"TRITON_PORTS": f"{http_port},{grpc_port}"}
+                checks = str(Path(__file__).with_name("test_clients.py"))
+                return subprocess.run([sys.executable, "-m", "pytest", checks], env=environment, check=False).returncode
     print(__doc__)
     return 2
 

@@ -379,7 +379,9 @@ def refuse_load_parameters(parameters: dict[str, Any]) -> None:
         RequestError: 400.
     """
     if parameters:
-        raise RequestError("load takes no parameters here: neither a configuration nor files can be sent to this server")
+        raise RequestError(
+            "load takes no parameters here: neither a configuration nor files can be sent to this server"
+        )
 
 
 def refuse_control(control: Keys | None, headers: dict[bytes, bytes]) -> None:

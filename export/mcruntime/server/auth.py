@@ -38,7 +38,7 @@ class Keys:
         self._digests = frozenset(hashlib.sha256(key.encode()).digest() for key in keys)
 
     def allow(self, headers: dict[bytes, bytes]) -> bool:
-        """Whether a request's headers (or gRPC metadata) carry a key: ``Authorization: Bearer KEY`` or ``X-API-Key``."""
+        """Whether headers (or gRPC metadata) carry a key: ``Authorization: Bearer KEY`` or ``X-API-Key: KEY``."""
         token = headers.get(b"x-api-key")
         if token is None:
             scheme, _, token = headers.get(b"authorization", b"").partition(b" ")

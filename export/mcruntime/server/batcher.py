@@ -13,7 +13,7 @@ Invariants, each held by a property test (tests/test_batcher.py):
 4.  Bounded batch: a batch holds at most ``max_batch`` images, unless it is one request that alone holds more.
 5.  Bounded queue: at most ``max_queue`` requests wait; one more is refused at once, without waiting.
 6.  No idling: with ``max_delay_s`` = 0, a free worker and a waiting request do not exist at the same time.
-7.  In time: a request whose deadline has passed is delivered DeadlineError by the next ``expire``; it is never run after.
+7.  In time: a request whose deadline has passed is delivered DeadlineError by the next ``expire``, and is not run.
 8.  Alone in error: when a batch fails, its requests are run one by one, so that only the guilty one gets the error.
 9.  Cancelled is gone: a cancelled request is delivered nothing, and is never run if it was still waiting.
 10. Closing loses nothing: what was accepted before ``close`` is answered; afterwards ``submit`` raises Closed.

@@ -1,7 +1,7 @@
 """A model's configuration in the words of Triton's ModelConfig, which perf_analyzer and other tools ask for.
 
-One tree for REST, and for gRPC through protobuf's own JSON mapping. It says how the model is served here; it is not read
-from anywhere.
+One tree for REST, and for gRPC through protobuf's own JSON mapping. It says how the model is served here; it is read
+from no file.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def _from_json(body: bytes, top: Any) -> tuple[bytes, Any]:
     tree = load_json(body)
     text = tree.get("image")
     if not isinstance(text, str):
-        raise RequestError("the JSON has no text 'image'; send {\"image\": \"<base64 of a JPEG, PNG or WebP file>\"}")
+        raise RequestError('the JSON has no text \'image\'; send {"image": "<base64 of a JPEG, PNG or WebP file>"}')
     if text.startswith("data:"):
         text = text.partition(",")[2]
     try:

@@ -52,7 +52,7 @@ def parse_target(text: str | Path) -> Target:
 
 
 def find_in(repository: Path) -> list[Target]:
-    """The bundles of a repository: ``REPOSITORY/name`` is a bundle, or holds one for each version, ``name/1``, ``name/2``.
+    """The bundles of a repository: ``REPOSITORY/name`` is one, or holds one for each version, ``name/1``, ``name/2``.
 
     Links, hidden folders and names that a model cannot have are passed over.
 
@@ -144,9 +144,10 @@ def describe(model: Model) -> str:
     about, spec = model.about, model.spec
     threads = f" with {about['threads']} threads" if "threads" in about else ""
     number = f" version {spec.version}" if spec.version != "1" else ""
+    _, height, width = spec.shape
     return (
-        f"{spec.name}{number}: bundle {about['bundle'][:12]}, model {about['model']}, {spec.shape[1]} x {spec.shape[2]} "
-        f"pixels, {spec.num_classes} classes, {about['provider']}{threads}, batches up to {about['max_batch']} "
+        f"{spec.name}{number}: bundle {about['bundle'][:12]}, model {about['model']}, {height} x {width} pixels, "
+        f"{spec.num_classes} classes, {about['provider']}{threads}, batches up to {about['max_batch']} "
         f"({about['max_batch_from']}), self-test off by {about['selftest']:.1e} (at most {about['selftest_max']:.1e})"
     )
 

@@ -174,9 +174,7 @@ class Models:
         if version:
             model = entry.loaded.get(version)
             if model is None:
-                raise NotFoundError(
-                    f"Request for unknown model: '{name}' version {version[:20]} is not found"
-                )
+                raise NotFoundError(f"Request for unknown model: '{name}' version {version[:20]} is not found")
             return model
         if len(entry.loaded) == 1:
             return next(iter(entry.loaded.values()))
@@ -247,7 +245,9 @@ class Models:
 
     def index(self) -> list[dict[str, str]]:
         """Every name and version that is known, as the repository extension lists them."""
-        known: dict[str, set[str]] = {name: set(entry.loaded) | set(entry.reasons) for name, entry in self._entries.items()}
+        known: dict[str, set[str]] = {
+            name: set(entry.loaded) | set(entry.reasons) for name, entry in self._entries.items()
+        }
         for source in self._sources():
             known.setdefault(source.name, set()).add(source.version)
         rows = []

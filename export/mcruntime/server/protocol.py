@@ -1,9 +1,9 @@
 """The Open Inference Protocol (v2) over REST: pure functions between bytes and arrays, no I/O.
 
 A body is JSON, or JSON of ``Inference-Header-Content-Length`` bytes followed by the tensors (binary tensor extension).
-Only that header tells: real clients send no Content-Type. Member order and texts follow a real Triton 2.51. Different on
-purpose: what the client got wrong is always 400 (Triton answers 500 to malformed JSON), and NaN or infinite values are
-refused.
+Only that header tells: real clients send no Content-Type. Member order and texts follow a real Triton 2.51. Different
+on purpose: what the client got wrong is always 400 (Triton answers 500 to malformed JSON), and NaN or infinite values
+are refused.
 """
 
 # B = batch, C = channels, H/W = height/width.

@@ -21,7 +21,7 @@ import uvicorn
 from mcruntime.errors import InputError, McdeployError
 from mcruntime.server.app import App
 from mcruntime.server.auth import Keys
-from mcruntime.server.loader import Target, check_unique, describe, find_in, open_model, parse_target, source_of
+from mcruntime.server.loader import Target, check_unique, describe, find_in, parse_target, source_of
 from mcruntime.server.models import Models, Source
 from mcruntime.server.options import ServerOptions
 

@@ -159,7 +159,7 @@ def top_k_of(value: Any) -> int:
 
 
 def classify(logits: Logits, k: int, labels: Sequence[str]) -> list[list[str]]:
-    """The ``k`` largest of every row, as ``"<value>:<index>:<label>"``, the largest first; of equal ones the lower index.
+    """The ``k`` largest of every row, as ``"<value>:<index>:<label>"``; of equal ones the lower index first.
 
     Args:
         logits: [B, N].
