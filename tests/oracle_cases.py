@@ -291,6 +291,11 @@ REST_CASES: dict[str, tuple[Step, ...]] = {
     "identity in": (Step(body=as_json().body, headers={"Content-Encoding": "identity"}),),
     "gzip out": (accepting(as_json(), "gzip"),),
     "deflate out": (accepting(as_json(), "deflate"),),
+    "gzip out, a longer answer": (accepting(as_json([tensor(images(4))], id="x" * 600), "gzip"),),
+    "deflate out, a longer answer": (accepting(as_json([tensor(images(4))], id="x" * 600), "deflate"),),
+    "several compressions out, a longer answer": (
+        accepting(as_binary(images(4), id="x" * 600, parameters={"binary_data_output": True}), "br;q=1, gzip, deflate"),
+    ),
     "gzip out, binary": (accepting(as_binary(parameters={"binary_data_output": True}), "gzip"),),
     "unknown compression out": (accepting(as_json(), "br"),),
     "several compressions out": (accepting(as_json(), "gzip, deflate, br"),),
