@@ -59,6 +59,7 @@ class App:
         control: keys for loading and unloading; None: both are off.
         routes: more of them, such as the page's and the metrics'.
         observers: told of every request when it is over.
+        refusals: told of every request that was answered 400 or more.
 
     Attributes:
         draining: set it to answer 503 to readiness probes and new work, while what is in flight is finished.
@@ -75,6 +76,7 @@ class App:
         control: Keys | None = None,
         routes: Callable[[App], Sequence[Route]] = lambda app: (),
         observers: Sequence[Observer] = (),
+        refusals: Sequence[Observer] = (),
     ) -> None:
         self.models = models
         self.options = options
@@ -84,7 +86,8 @@ class App:
         self.started = time.time()
         self.mirror: Callable[[Model, Images, Answer], None] | None = None
         self._keys, self._control = keys, control
-        self._observers = list(observers)
+        self.connections: Callable[[], int] | None = None  # open ones, if the server can tell
+        self._observers, self._refusals = list(observers), list(refusals)
         self._budget = Budget(options.max_inflight_bytes)
         self._decoders = ThreadPoolExecutor(available_threads(), thread_name_prefix="decode")
         self._decoding = 0
@@ -97,7 +100,7 @@ class App:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             return
-        began, started = time.perf_counter(), time.time_ns() if self._observers else 0
+        began = time.perf_counter()
         headers = dict(scope["headers"])
         is_work = scope["method"] == "POST"
         request = Request(scope["method"], scope["path"], scope["query_string"], headers, _no_body)
@@ -119,8 +122,8 @@ class App:
         finally:
             self.in_flight -= is_work
         self.answered[response.status] += 1
-        if self._observers:
-            self._tell(scope, request, response, started, time.perf_counter() - began)
+        if self.is_observed(response.status):
+            self._tell(scope, request, response, time.perf_counter() - began)
 
     def close(self) -> None:
         """Let the decoders go."""
@@ -172,10 +175,9 @@ class App:
         if not request.model:
             return
         reason = {503: "rejected", 504: "timeout", 500: "internal"}.get(status, "input")
-        try:
-            self.models.find(request.model, request.version).statistics.failed(reason)
-        except NotFoundError:  # unloaded meanwhile
-            return
+        statistics = self.models.statistics.get((request.model, request.version))
+        if statistics is not None:
+            statistics.failed(reason)
 
     # ----------------------------------------------------------------------------------------------------- the routes
 
@@ -278,14 +280,15 @@ class App:
 
     async def _infer(self, request: Request) -> Response:
         name, number = request.args["model"], request.args["version"]
-        spec = self.models.find(name, number).spec
-        request.model, request.version = name, number
+        chosen = self.models.find(name, number)
+        spec = chosen.spec
+        request.model, request.version = name, spec.version
         length = request.headers.get(b"inference-header-content-length")
         header_length = None if length is None else read_header_length(length)
         body = await request.read()
         asked = parse_infer(body, header_length, spec)
         request.images = len(asked.images)
-        model, answer = await self.infer(request, asked.images, asked.timeout_s)
+        model, answer = await self.infer(request, chosen, asked.images, asked.timeout_s)
         if request.path not in self._infer_paths and len(self._infer_paths) < 1000:
             self._infer_paths[request.path] = request.args
         content, head = format_infer(asked, model.spec, answer.logits)
@@ -298,13 +301,14 @@ class App:
     async def _predict(self, request: Request) -> Response:
         name, number = request.args.get("model", ""), request.args.get("version", "")
         model = self.models.find(name, number) if name else self.models.only()
-        request.model, request.version = model.spec.name, number
+        request.model, request.version = model.spec.name, model.spec.version
         data, top = await read_image(request)
         began = time.perf_counter()
         images = await self._decode(data, model)
         request.timing.decode_s = time.perf_counter() - began
+        model.statistics.decoded(request.timing.decode_s)
         request.images = 1
-        model, answer = await self.infer(request, images, None)
+        model, answer = await self.infer(request, model, images, None)
         best = name_classes(answer.logits[0], model.spec.labels, top)
         timing = {
             "decode_ms": request.timing.decode_s * 1e3,
@@ -327,13 +331,17 @@ class App:
         finally:
             self._decoding -= 1
 
-    async def infer(self, request: Request, images: Images, timeout_s: float | None) -> tuple[Model, Answer]:
-        """Run checked images on the model a request names, note where the time went, and mirror them to a shadow."""
+    async def infer(
+        self, request: Request, chosen: Model, images: Images, timeout_s: float | None
+    ) -> tuple[Model, Answer]:
+        """Run images on the model they were checked for, note where the time went, and mirror them to a shadow."""
         limit_s = self.options.timeout_s if timeout_s is None else min(timeout_s, self.options.timeout_s)
-        model, answer = await self.models.infer(request.model, request.version, images, limit_s)
+        number = request.args.get("version", "")
+        model, answer = await self.models.infer(request.model, number, images, limit_s, first=chosen)
         request.version = model.spec.version
         timing = request.timing
         timing.queue_s, timing.compute_s, timing.batch = answer.queue_s, answer.compute_s, answer.batch
+        timing.ended = answer.ended
         if self.mirror is not None:
             self.mirror(model, images, answer)
         return model, answer
@@ -350,8 +358,19 @@ class App:
             return given.decode("ascii")
         return f"{self._prefix}{next(self._numbers):08x}"
 
-    def _tell(self, scope: Any, request: Request, response: Response, started: int, seconds: float) -> None:
-        error = load_json(response.body).get("error", "") if response.status >= 400 and response.body else ""
+    def is_observed(self, status: int) -> bool:
+        """Whether anyone wants to be told of a request with this outcome."""
+        return bool(self._observers or (status >= 400 and self._refusals))
+
+    def observe(self, seen: Seen) -> None:
+        """Tell those who want to know of a request that is over; also for gRPC's."""
+        for observer in self._observers:
+            observer(seen)
+        if seen.status >= 400:
+            for observer in self._refusals:
+                observer(seen)
+
+    def _tell(self, scope: Any, request: Request, response: Response, seconds: float) -> None:
         seen = Seen(
             protocol="http",
             method=request.method,
@@ -359,17 +378,16 @@ class App:
             status=response.status,
             request_id=request.id,
             client=scope["client"][0] if scope.get("client") else "",
-            started=started,
+            started=time.time_ns() - int(seconds * 1e9),
             seconds=seconds,
             model=request.model,
             version=request.version,
             images=request.images,
             timing=request.timing,
             parent=request.header("traceparent"),
-            error=error,
+            error=response.error,
         )
-        for observer in self._observers:
-            observer(seen)
+        self.observe(seen)
 
 
 def refuse_load_parameters(parameters: dict[str, Any]) -> None:

@@ -55,6 +55,7 @@ class Answer:
     queue_s: float  # from submit until a worker took it
     compute_s: float  # of the whole batch
     batch: int  # images in that batch, without filling
+    ended: float = 0.0  # the inference, on time.monotonic's clock
 
 
 Outcome = Answer | Exception
@@ -274,7 +275,7 @@ class Batcher:
             if logits_BN is None:
                 outcomes.append(error or RuntimeError("no answer"))
             else:
-                outcomes.append(Answer(logits_BN[first : first + size], waited, ended - started, sum(sizes)))
+                outcomes.append(Answer(logits_BN[first : first + size], waited, ended - started, sum(sizes), ended))
             first += size
         # Before anyone is answered: who then asks for the statistics finds itself in them.
         self._on_run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ from mcruntime.tensorrt import TensorRTRunner
 
 WARM_UP_RUNS = 3  # of one image, after the self-test; the largest batch is run once
 DEFAULT_MAX_BATCH = 32  # where the bundle holds no measurement
+logger = logging.getLogger("mcruntime.server")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 TARGET = re.compile(rf"(?:(?P<name>{NAME.pattern})(?::(?P<version>[1-9][0-9]{{0,8}}))?=)?(?P<path>.+)", re.DOTALL)
 
@@ -72,7 +74,12 @@ def _bundles_of(entry: os.DirEntry[str]) -> Iterator[Target]:
     if (Path(entry.path) / MANIFEST).is_file():
         yield Target(Path(entry.path), entry.name)
         return
-    for inner in sorted(os.scandir(entry.path), key=lambda inner: inner.name):
+    try:
+        inside = sorted(os.scandir(entry.path), key=lambda inner: inner.name)
+    except OSError as error:  # one folder that cannot be read must not hide the others
+        logger.warning("%s: passed over, it cannot be read (%s)", entry.path, error.strerror)
+        return
+    for inner in inside:
         is_version = re.fullmatch(r"[1-9][0-9]{0,8}", inner.name) and inner.is_dir(follow_symlinks=False)
         if is_version and (Path(inner.path) / MANIFEST).is_file():
             yield Target(Path(inner.path), entry.name, inner.name)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from mcruntime.errors import McdeployError
 from mcruntime.preprocess import Preprocessing
@@ -24,8 +24,10 @@ from mcruntime.server.errors import NotFoundError, OverloadedError, RequestError
 from mcruntime.server.statistics import Statistics
 from mcruntime.server.tensors import Images, Logits, ModelSpec
 
+UNLOADED = "unloaded"  # why a version is not there: a client said so
 TICK_S = 0.02  # how often deadlines are looked at, while there are requests
 logger = logging.getLogger("mcruntime.server")
+T = TypeVar("T")
 
 
 class Model:
@@ -54,10 +56,10 @@ class Model:
         self.preprocessing = preprocessing
         self.about = dict(about or {})
         self.folder = folder  # of the bundle, for its reports; None: a model without one
-        self.statistics = Statistics()
-        self.batcher = Batcher(infer, on_run=self.statistics.ran, **batching)
+        self.statistics = Statistics()  # replaced when it takes the place of another of its name and version
+        self.batcher = Batcher(infer, on_run=lambda ran: self.statistics.ran(ran), **batching)
         self._release = release
-        self._watching = False
+        self._watched_by: asyncio.AbstractEventLoop | None = None
 
     async def infer(self, images: Images, timeout_s: float) -> Answer:
         """The answer of the engine, in the batch that the moment makes.
@@ -81,13 +83,14 @@ class Model:
                 logger.debug("an answer came after the end")
 
         ticket = self.batcher.submit(images, deliver, time.monotonic() + timeout_s)
-        if not self._watching:
-            self._watching = True
+        if self._watched_by is not loop:
+            self._watched_by = loop
             loop.call_later(TICK_S, self._tick, loop)
         try:
             return await future
         except asyncio.CancelledError:
-            self.batcher.cancel(ticket)
+            if self.batcher.cancel(ticket):
+                self.statistics.failed("canceled")
             raise
 
     def close(self) -> None:
@@ -100,7 +103,7 @@ class Model:
         if self.batcher.expire():
             loop.call_later(TICK_S, self._tick, loop)
         else:
-            self._watching = False
+            self._watched_by = None
 
 
 def _settle(future: asyncio.Future[Answer], outcome: Outcome) -> None:
@@ -154,6 +157,7 @@ class Models:
         self._pick = pick
         self._entries: dict[str, Entry] = {}
         self._stamps: dict[tuple[str, str], str] = {}
+        self._statistics: dict[tuple[str, str], Statistics] = {}
         self._control = asyncio.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="load")
         self._drains = ThreadPoolExecutor(4, thread_name_prefix="drain")
@@ -179,6 +183,11 @@ class Models:
         if len(entry.loaded) == 1:
             return next(iter(entry.loaded.values()))
         return entry.loaded[self._choose(entry)]
+
+    @property
+    def statistics(self) -> Mapping[tuple[str, str], Statistics]:
+        """By name and version, of everything that was ever served: counters that never go back."""
+        return self._statistics
 
     def only(self) -> Model:
         """The model that is meant when a request names none.
@@ -218,19 +227,30 @@ class Models:
                 return version
         return next(reversed(shares))
 
-    async def infer(self, name: str, version: str, images: Images, timeout_s: float) -> tuple[Model, Answer]:
+    async def infer(
+        self, name: str, version: str, images: Images, timeout_s: float, first: Model | None = None
+    ) -> tuple[Model, Answer]:
         """``Model.infer`` of the version that is there now: one that is being replaced hands over to the next.
 
+        Args:
+            version: as the client asked; "": any.
+            first: the model that ``images`` were checked and prepared for, by an earlier ``find``. Without it a split
+                would choose again, perhaps another version.
+
         Raises:
+            UnavailableError: the next version does not take the same images.
             as ``find`` and ``Model.infer``.
         """
+        model = first or self.find(name, version)
         while True:
-            model = self.find(name, version)
             try:
                 return model, await model.infer(images, timeout_s)
             except Closed:
-                if self._entries[name].loaded.get(model.spec.version) is model:
+                before, model = model, self.find(name, version)
+                if model is before:
                     raise UnavailableError("the model is being unloaded; try again") from None
+                if model.spec.shape != before.spec.shape or model.preprocessing != before.preprocessing:
+                    raise UnavailableError("the model was replaced by one with other inputs; try again") from None
 
     # ------------------------------------------------------------------------------------------------------ control
 
@@ -239,16 +259,16 @@ class Models:
         entry = self._entries.setdefault(model.spec.name, Entry(model.spec.name))
         entry.shares = self._split.get(model.spec.name, {})
         before = entry.loaded.get(model.spec.version)
+        model.statistics = self._statistics.setdefault((entry.name, model.spec.version), model.statistics)
         entry.loaded = {**entry.loaded, model.spec.version: model}
         entry.reasons.pop(model.spec.version, None)
         return before
 
     def index(self) -> list[dict[str, str]]:
         """Every name and version that is known, as the repository extension lists them."""
-        known: dict[str, set[str]] = {
-            name: set(entry.loaded) | set(entry.reasons) for name, entry in self._entries.items()
-        }
-        for source in self._sources():
+        entries = list(self._entries.items())  # not on the loop's thread: they may change meanwhile
+        known: dict[str, set[str]] = {name: set(entry.loaded) | set(entry.reasons) for name, entry in entries}
+        for source in self._look():
             known.setdefault(source.name, set()).add(source.version)
         rows = []
         for name in sorted(known):
@@ -264,72 +284,108 @@ class Models:
         return rows
 
     async def load(self, name: str, *, changed_only: bool = False) -> None:
-        """Load all versions of a name, or load them again; the old ones answer until the new ones have proved
-        themselves, and for ever if they do not.
+        """Load all versions of a name, or load them again; the old ones answer until all the new ones have proved
+        themselves, and for ever if one of them does not.
 
         Args:
-            changed_only: leave a version alone whose files are as they were.
+            changed_only: leave a version alone whose files are as they were, or that a client has unloaded.
 
         Raises:
             RequestError: 400; the name is not known, or a version does not load. What was there before still is.
         """
         async with self._control:
-            loop = asyncio.get_running_loop()
-            sources = await loop.run_in_executor(self._thread, lambda: list(self._sources()))
-            mine = [source for source in sources if source.name == name]
+            mine = [source for source in await self._in_thread(self._look) if source.name == name]
             if not mine:
                 raise RequestError(f"failed to load '{name[:100]}', failed to poll from model repository")
             entry = self._entries.setdefault(name, Entry(name))
             entry.state = "LOADING" if not entry.loaded else ""
+            fresh: list[tuple[Source, str, Model]] = []
             try:
                 for source in mine:
-                    await self._load_one(source, entry, changed_only)
-                for version in set(entry.loaded) - {source.version for source in mine}:
-                    self._drop(entry, version, "its files are gone")
+                    stamp, model = await self._open(source, entry, changed_only)
+                    if model is not None:
+                        fresh.append((source, stamp, model))
+            except BaseException:
+                for _, _, model in fresh:
+                    self._close_later(model)
+                raise
             finally:
                 entry.state = ""
+            for source, stamp, model in fresh:
+                before = self.add(model)
+                self._stamps[name, source.version] = stamp
+                logger.info("%s version %s was loaded", name, source.version)
+                if before is not None:
+                    self._close_later(before)
+            for version in set(entry.loaded) - {source.version for source in mine}:
+                self._drop(entry, version, "its files are gone")
 
-    async def _load_one(self, source: Source, entry: Entry, changed_only: bool) -> None:
-        loop = asyncio.get_running_loop()
-        key = source.name, source.version
-        stamp = await loop.run_in_executor(self._thread, source.stamp)
-        if changed_only and source.version in entry.loaded and self._stamps.get(key) == stamp:
-            return
+    async def _open(self, source: Source, entry: Entry, changed_only: bool) -> tuple[str, Model | None]:
+        """A version that has proved itself, with the stamp of its files; None: it need not be loaded."""
         try:
-            model = await loop.run_in_executor(self._thread, source.load)
-        except McdeployError as error:
-            logger.error("%s version %s was not loaded: %s", source.name, source.version, error)
-            entry.reasons[source.version] = "failed its checks; see the server's log"
-            still = "; the version that was there still answers" if source.version in entry.loaded else ""
-            raise RequestError(
-                f"failed to load '{source.name}', version {source.version} did not pass its checks{still}"
-            ) from None
-        before = self.add(model)
-        self._stamps[key] = stamp
-        logger.info("%s version %s was loaded", source.name, source.version)
-        if before is not None:
-            self._close_later(before)
+            stamp = await self._in_thread(source.stamp)
+            if changed_only and entry.reasons.get(source.version) == UNLOADED:
+                return stamp, None
+            is_there = source.version in entry.loaded
+            if changed_only and is_there and self._stamps.get((source.name, source.version)) == stamp:
+                return stamp, None
+            return stamp, await self._in_thread(source.load)
+        except Exception as error:  # also one that is our bug or the disk's: what was there must stay
+            known = isinstance(error, McdeployError)
+            logger.error("%s version %s was not loaded: %s", source.name, source.version, error, exc_info=not known)
+        # One that is loaded keeps its place; its reason is asked for only when it has none.
+        entry.reasons[source.version] = "failed its checks; see the server's log"
+        still = "; what was there before still answers" if entry.loaded else ""
+        raise RequestError(f"failed to load '{source.name}', version {source.version} did not pass its checks{still}")
 
     async def unload(self, name: str) -> None:
         """Take a name out of service; what was accepted is still answered. An unknown name is none, as in Triton."""
         async with self._control:
-            entry = self._entries.get(name)
-            for version in list(entry.loaded) if entry else []:
-                assert entry is not None
-                self._drop(entry, version, "unloaded")
+            self._drop_all(name, UNLOADED)
 
     async def reload(self) -> None:
-        """Load what has changed or is new, by name; a failure is logged, and its old version stays."""
-        names = {source.name for source in self._sources()}
+        """Load what has changed or is new, by name, and drop what is gone; what a client has unloaded stays unloaded.
+        A failure is logged, and the old versions stay."""
+        try:
+            names = {source.name for source in await self._in_thread(self._look)}
+        except RequestError:  # is in the log
+            return
         for name in sorted(names):
             try:
                 await self.load(name, changed_only=True)
             except RequestError as error:
                 logger.error("%s", error)
+        async with self._control:
+            for name in set(self._entries) - names:
+                self._drop_all(name, "its files are gone")
+        logger.info("reloaded what has changed")
 
-    def remember(self, source: Source) -> None:
-        """That a source was loaded at start, as it is now."""
-        self._stamps[source.name, source.version] = source.stamp()
+    def _look(self) -> list[Source]:
+        """What may be loaded now. Blocks.
+
+        Raises:
+            RequestError: 500; the repository cannot be read, which says nothing about the models that are loaded.
+        """
+        try:
+            return list(self._sources())
+        except (McdeployError, OSError) as error:
+            logger.error("the repository cannot be read: %s", error)
+            raise RequestError("the model repository cannot be read", 500) from None
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    def load_first(self, source: Source) -> Model:
+        """Load and serve a version before there is a loop. Blocks.
+
+        Raises:
+            BundleError, BackendError, ParityError, InputError: it cannot be served.
+        """
+        stamp = source.stamp()  # before: what changes meanwhile is loaded again
+        model = source.load()
+        self.add(model)
+        self._stamps[source.name, source.version] = stamp
+        return model
 
     def close(self) -> None:
         """Stop all models, answering what they accepted. Blocks."""
@@ -339,6 +395,12 @@ class Models:
             model.close()
         self._thread.shutdown(cancel_futures=True)
         self._drains.shutdown()
+
+    def _drop_all(self, name: str, reason: str) -> None:
+        entry = self._entries.get(name)
+        for version in list(entry.loaded) if entry else []:
+            assert entry is not None
+            self._drop(entry, version, reason)
 
     def _drop(self, entry: Entry, version: str, reason: str) -> None:
         model = entry.loaded[version]

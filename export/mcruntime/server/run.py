@@ -63,10 +63,7 @@ def open_models(targets: Sequence[Target], options: ServerOptions) -> Models:
     models = Models(sources, split=options.split)
     try:
         for source in sources():
-            model = source.load()
-            print(describe(model), flush=True)
-            models.add(model)
-            models.remember(source)
+            print(describe(models.load_first(source)), flush=True)
         for name, shares in options.split.items():
             for version in shares:
                 if version not in models.versions(name):

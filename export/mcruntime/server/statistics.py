@@ -47,7 +47,7 @@ class Histogram:
 
 
 class Statistics:
-    """Of one model version; all fields are totals since it was loaded."""
+    """Of one name and version; all fields are totals since the server's start, over all loads of it."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -62,10 +62,11 @@ class Statistics:
             )
         }  # fmt: skip
         self.batches: dict[int, dict[str, Duration]] = {}
-        self.failures: Counter[str] = Counter()  # by reason: "rejected", "timeout", "input", "internal"
+        self.failures: Counter[str] = Counter()  # by reason: "rejected", "timeout", "input", "internal", "canceled"
         self.request_s = Histogram()
         self.queue_s = Histogram()
         self.compute_s = Histogram()
+        self.decode_s = Histogram()  # of images that were sent as files
 
     def ran(self, run: Ran) -> None:
         """An inference has ended; called before its requests are answered."""
@@ -93,6 +94,11 @@ class Statistics:
                 self.queue_s.add(queue_s)
                 self.durations["success"].add(queue_s + total)
                 self.request_s.add(queue_s + total)
+
+    def decoded(self, seconds: float) -> None:
+        """An image file was turned into a tensor."""
+        with self.lock:
+            self.decode_s.add(seconds)
 
     def failed(self, reason: str, seconds: float = 0.0) -> None:
         """A request for this model got an error."""

@@ -21,6 +21,7 @@ class Timing:
     queue_s: float = 0.0
     compute_s: float = 0.0
     batch: int = 0  # images in the batch it was run in
+    ended: float = 0.0  # the inference, on time.monotonic's clock; 0: there was none
 
 
 @dataclass(slots=True)
@@ -65,6 +66,7 @@ class Response:
     status: int = 200
     content_type: str = JSON
     headers: tuple[tuple[str, str], ...] = ()
+    error: str = ""  # what the client is told, for the logs
 
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -86,7 +88,7 @@ def as_json(tree: Any, status: int = 200, headers: tuple[tuple[str, str], ...] =
 
 def as_error(message: str, status: int, headers: tuple[tuple[str, str], ...] = ()) -> Response:
     """Every error looks like this."""
-    return as_json({"error": message}, status, headers)
+    return Response(dump({"error": message}), status, JSON, headers, message)
 
 
 class Router:
