@@ -364,30 +364,45 @@ def package(
     bundle: Annotated[
         str, typer.Argument(metavar="BUNDLE[@MODEL]", help="A bundle; @int8: another model of it.", show_default=False)
     ],
-    to: Annotated[str, typer.Option("--to", help="triton or docker.", show_default=False)],
+    to: Annotated[str, typer.Option("--to", help="triton, docker or kserve.", show_default=False)],
     out: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],
     bench_file: Annotated[
-        Path | None, typer.Option("--bench", help="triton: take the batch sizes from this JSON of 'mcdeploy bench'.")
+        Path | None,
+        typer.Option("--bench", help="triton, kserve: take the batch sizes from this JSON of 'mcdeploy bench'."),
     ] = None,
     wheel: Annotated[
         Path | None, typer.Option(help="docker: mcdeploy's wheel; default: built, when this is a checkout.")
     ] = None,
+    storage_uri: Annotated[
+        str, typer.Option(help="kserve: where you will copy the files to, such as s3://BUCKET/FOLDER.")
+    ] = "",
+    image: Annotated[
+        str, typer.Option(help="kserve: the server's image with its tag; default: only Triton's part is written.")
+    ] = "",
 ) -> None:
-    """Make a Triton model repository of a bundle, or a folder for docker build; overwrites only its own."""
+    """Make a Triton repository of a bundle, a folder for docker build, or files for KServe; overwrites only its own."""
     from mcruntime.bundle import load_bundle
     from mcruntime.deploy.docker import package_docker
+    from mcruntime.deploy.kserve import package_kserve
     from mcruntime.deploy.triton import package_triton
 
-    _only("--to", [to], ["triton", "docker"])
-    if bench_file and to != "triton":
-        raise InputError("--bench: chooses batch sizes for triton; leave it away for docker")
+    _only("--to", [to], ["triton", "docker", "kserve"])
+    if bench_file and to == "docker":
+        raise InputError("--bench: chooses batch sizes for triton and kserve; leave it away for docker")
     if wheel and to != "docker":
-        raise InputError("--wheel: is what a docker image installs; leave it away for triton")
+        raise InputError(f"--wheel: is what a docker image installs; leave it away for {to}")
+    for option, value in (("--storage-uri", storage_uri), ("--image", image)):
+        if value and to != "kserve":
+            raise InputError(f"{option}: is read by kserve; leave it away for {to}")
+    if to == "kserve" and not storage_uri:
+        raise InputError("--to kserve: give --storage-uri, a folder that the cluster reads, such as s3://BUCKET/FOLDER")
     loaded = load_bundle(bundle)
     if to == "triton":
         packaged = package_triton(loaded, out, name=bundle, bench=bench_file)
-    else:
+    elif to == "docker":
         packaged = package_docker(loaded, out, wheel=wheel)
+    else:
+        packaged = package_kserve(loaded, out, storage_uri=storage_uri, image=image, name=bundle, bench=bench_file)
     for note in packaged.notes:
         print(note)
     print(f"wrote {packaged.folder}")

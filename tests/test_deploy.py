@@ -21,11 +21,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mcruntime.bundle import load_bundle, seal
 from mcruntime.deploy import LIST
-from mcruntime.deploy.docker import TEMPLATES, build_wheel, check_wheel, find_checkout, package_docker
+from mcruntime.deploy.docker import EXTRAS, TEMPLATES, build_wheel, check_wheel, find_checkout, package_docker
 from mcruntime.deploy.triton import DEFAULT_MAX_BATCH, DEFAULT_PREFERRED, package_triton, quote
 from mcruntime.errors import BundleError, InputError, McdeployError
 from mcruntime.manifest import Engine, Latency
 from mcruntime.server.__main__ import main as server_main
+from mcruntime.server.__main__ import make_parser
 from tiny_onnx import expected_logits, some_images, tiny_file, tiny_manifest, write_bundle, write_model
 from tritonclient.grpc import model_config_pb2
 
@@ -340,7 +341,7 @@ def test_a_package_that_fails_halfway_leaves_the_old_one_as_it_was(folder, tmp_p
 # ------------------------------------------------------------------------------------------------------------- docker
 
 
-def write_wheel(path, *, name="mcdeploy", schema=2, extras=("serve", "cpu", "sign")):
+def write_wheel(path, *, name="mcdeploy", schema=2, extras=("serve", "grpc", "cpu", "sign")):
     """A file with all that ``check_wheel`` looks for; only pip would find out that it installs nothing."""
     about = f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.1.0\n"
     about += "".join(f"Provides-Extra: {extra}\n" for extra in extras)
@@ -406,7 +407,8 @@ def test_an_image_installs_the_server_and_not_torch(image, name):
     assert "torch" not in install
     assert "curl" not in install
     extras = set(re.search(r"\$\{wheel\}\[([a-z,]+)\]", install)[1].split(","))
-    assert extras == {"serve", "sign", "cpu"} if name == "Dockerfile.cpu" else extras == {"serve", "sign"}
+    assert extras == {"serve", "grpc", "sign"} | ({"cpu"} if name == "Dockerfile.cpu" else set())
+    assert extras <= EXTRAS
     assert ("onnxruntime-gpu[cuda,cudnn]" in install) == (name == "Dockerfile.cuda"), "one of the two ONNX Runtimes"
     assert "-c /constraints.txt" in install
 
@@ -418,8 +420,17 @@ def test_the_entry_is_a_command_line_that_the_server_understands(image, name, tm
     assert (program, flag, module) == ("/opt/mcdeploy/bin/python", "-m", "mcruntime.server")
     assert arguments[0] == "/srv/bundle"
     assert ("cuda" in arguments) == (name == "Dockerfile.cuda")
-    assert server_main([str(tmp_path / "nowhere"), *arguments[1:-1], *arguments[-1:], "--port", "0"]) == 2
+    assert server_main([str(tmp_path / "nowhere"), *arguments[1:], "--port", "0", "--grpc-port", "0"]) == 2
     assert "no such bundle folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", DOCKERFILES)
+def test_the_image_exposes_the_ports_that_the_server_listens_on(image, name):
+    steps = dict(instructions(image / name))
+    values = vars(make_parser().parse_args(json.loads(steps["ENTRYPOINT"])[3:]))
+    assert (values["host"], values["provider"]) == ("0.0.0.0", "cuda" if name == "Dockerfile.cuda" else "cpu")
+    assert steps["EXPOSE"].split() == [str(values["port"]), str(values["grpc_port"])]
+    assert f"//127.0.0.1:{values['port']}/v2/health/ready" in steps["HEALTHCHECK"]
 
 
 @pytest.mark.parametrize("name", DOCKERFILES)
@@ -497,7 +508,7 @@ def test_an_engine_is_not_put_into_an_image(tmp_path, wheel):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [({"name": "other"}, "is no wheel of mcdeploy"), ({"schema": 1}, "reads bundles of schema 1"),
-     ({"extras": ("serve", "cpu")}, "has no extra sign")],
+     ({"extras": ("serve", "cpu")}, "has no extra grpc, sign")],
 )  # fmt: skip
 def test_a_wheel_that_does_not_fit_is_refused(folder, tmp_path, change, sentence):
     path = write_wheel(tmp_path / "mcdeploy-9-py3-none-any.whl", **change)
@@ -550,7 +561,7 @@ def test_a_wheel_that_cannot_be_built_is_one_sentence(tmp_path):
 def test_the_dockerfiles_are_files_that_ship(image):
     """hatch takes every file below ``export/mcruntime``; nothing may be ignored by git, which it follows."""
     templates = ROOT / "export/mcruntime/deploy/templates"
-    assert {path.name for path in templates.iterdir()} == set(TEMPLATES)
+    assert {path.name for path in templates.iterdir() if not path.name.startswith("kserve_")} == set(TEMPLATES)
     for source, target in TEMPLATES.items():
         assert (image / target).read_bytes() == (templates / source).read_bytes()
     patterns = (ROOT / ".gitignore").read_text().split()
@@ -595,7 +606,7 @@ def test_the_command_packages_the_model_that_is_named(tmp_path, wheel, monkeypat
 
 @pytest.mark.parametrize(
     ("options", "sentence"),
-    [(("--to", "kserve"), "this version has triton, docker"), (("--to", "docker", "--bench", "b.json"), "--bench: "),
+    [(("--to", "torch"), "this version has triton, docker"), (("--to", "docker", "--bench", "b.json"), "--bench: "),
      (("--to", "triton", "--wheel", "m.whl"), "--wheel: ")],
 )  # fmt: skip
 def test_options_that_do_not_go_together_are_refused(folder, tmp_path, monkeypatch, capsys, options, sentence):

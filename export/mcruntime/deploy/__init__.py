@@ -1,4 +1,4 @@
-"""Package a bundle for what runs it elsewhere: a Triton model repository (``triton``), or an image (``docker``).
+"""Package a bundle for what runs it elsewhere: a Triton model repository, an image for docker, or files for KServe.
 
 A package is a folder that appears whole or not at all. ``mcdeploy-package.json`` in it lists every file with its hash,
 so that packaging again replaces what mcdeploy wrote and nothing else: what was changed or added is never touched.
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mcruntime.bundle import Bundle
+from mcruntime.bundle import MANIFEST, SIGNATURE, Bundle, load_bundle
 from mcruntime.errors import BundleError, InputError
 
 LIST = "mcdeploy-package.json"
@@ -34,7 +34,7 @@ def new_folder(out: Path, kind: str, bundle: Bundle, chosen: dict[str, Any]) -> 
     """A folder to fill that takes the place of ``out`` at the end, together with its list of files.
 
     Args:
-        kind: "triton" or "docker".
+        kind: "triton", "docker" or "kserve".
         chosen: what was decided on the way, for the reader of the list; filled in before the end.
 
     Raises:
@@ -74,6 +74,21 @@ def copy_bundle_file(bundle: Bundle, name: str, copy: Path) -> None:
     shutil.copyfile(bundle.folder / name, copy)
     if _sha256(copy) != bundle.manifest.files[name].sha256:
         raise BundleError(f"{bundle.folder}: {name} changed while it was copied; copy the bundle again")
+
+
+def copy_bundle(bundle: Bundle, folder: Path) -> None:
+    """Copy a whole bundle, with its signature if it has one.
+
+    Raises:
+        BundleError: the bundle changed since it was loaded.
+    """
+    for name in bundle.manifest.files:
+        copy_bundle_file(bundle, name, folder / name)
+    for name in (MANIFEST, SIGNATURE):
+        if (bundle.folder / name).is_file():
+            shutil.copyfile(bundle.folder / name, folder / name)
+    if load_bundle(folder).manifest.id != bundle.manifest.id:
+        raise BundleError(f"{bundle.folder}: changed while it was copied; package it again")
 
 
 def _refuse_foreign(out: Path) -> None:

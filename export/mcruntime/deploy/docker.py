@@ -17,13 +17,13 @@ from email.parser import HeaderParser
 from importlib import resources
 from pathlib import Path
 
-from mcruntime.bundle import MANIFEST, SIGNATURE, Bundle, load_bundle
-from mcruntime.deploy import Packaged, copy_bundle_file, new_folder
-from mcruntime.errors import BundleError, InputError, McdeployError
+from mcruntime.bundle import Bundle
+from mcruntime.deploy import Packaged, copy_bundle, new_folder
+from mcruntime.errors import InputError, McdeployError
 from mcruntime.manifest import SCHEMA_VERSION
 
 TEMPLATES = {"Dockerfile.cpu": "Dockerfile.cpu", "Dockerfile.cuda": "Dockerfile.cuda", "dockerignore": ".dockerignore"}
-EXTRAS = {"serve", "cpu", "sign"}  # what the Dockerfiles install
+EXTRAS = {"serve", "grpc", "cpu", "sign"}  # what the Dockerfiles install
 ENTRY = '"/srv/bundle"'  # the server's argument in both Dockerfiles
 NOT_RUN = "docker was not run here: the images are unbuilt, so build and try them before you rely on them"
 
@@ -53,13 +53,7 @@ def package_docker(bundle: Bundle, out: Path | str, *, wheel: Path | str | None 
         else:
             check_wheel(build_wheel(find_checkout(), folder / "wheels"))
         chosen["wheel"] = next((folder / "wheels").iterdir()).name
-        for name in bundle.manifest.files:
-            copy_bundle_file(bundle, name, folder / "bundle" / name)
-        for name in (MANIFEST, SIGNATURE):
-            if (bundle.folder / name).is_file():
-                shutil.copyfile(bundle.folder / name, folder / "bundle" / name)
-        if load_bundle(folder / "bundle").manifest.id != bundle.manifest.id:
-            raise BundleError(f"{bundle.folder}: changed while it was copied; package it again")
+        copy_bundle(bundle, folder / "bundle")
         pinned = _constraints(bundle)
         (folder / "constraints.txt").write_text(pinned, encoding="utf-8")
         for source, target in TEMPLATES.items():

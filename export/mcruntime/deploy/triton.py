@@ -49,15 +49,7 @@ def package_triton(bundle: Bundle, out: Path | str, *, name: str = "", bench: Pa
     Raises:
         InputError: ``out`` holds something else; ``bench`` is not a bench of this model; a label of several lines.
     """
-    manifest, model = bundle.manifest, bundle.model
-    measured = (
-        read_bench(Path(bench), name or str(bundle.folder), bundle)
-        if bench is not None
-        else in_manifest(manifest, bundle)
-    )
-    batching = choose_batches(*measured)
-    if model.engine is not None:
-        batching = _within_engine(batching, model.engine.batch)
+    model, batching = bundle.model, batching_of(bundle, name, bench)
     notes = [
         f"max_batch_size {batching.largest}, preferred {list(batching.preferred) or 'none'}: {batching.source}",
         f"model {bundle.key} for Triton's {_backend(bundle)} backend, on {'GPU' if model.engine else 'CPU'}",
@@ -70,13 +62,39 @@ def package_triton(bundle: Bundle, out: Path | str, *, name: str = "", bench: Pa
     notes.append(NOT_RUN)
     chosen = {"batching": asdict(batching), "ran_in_triton": False}
     with new_folder(Path(out), "triton", bundle, chosen) as folder:
-        home = folder / manifest.name
-        copy_bundle_file(bundle, model.file, home / "1" / model_name(bundle))
-        for data in external_data(bundle):
-            copy_bundle_file(bundle, data, home / "1" / PurePosixPath(data).name)
-        (home / "labels.txt").write_text(_labels(manifest), encoding="utf-8")
-        (home / "config.pbtxt").write_text(config_text(bundle, batching), encoding="utf-8")
+        write_repository(bundle, folder, batching)
     return Packaged(Path(out), tuple(notes))
+
+
+def batching_of(bundle: Bundle, name: str = "", bench: Path | str | None = None) -> Batching:
+    """Batch sizes by a bench, by the latency in the manifest, or by our defaults; see ``package_triton``.
+
+    Raises:
+        InputError: ``bench`` is not a bench of this model; an engine that takes no single image.
+    """
+    measured = (
+        read_bench(Path(bench), name or str(bundle.folder), bundle)
+        if bench is not None
+        else in_manifest(bundle.manifest, bundle)
+    )
+    batching = choose_batches(*measured)
+    engine = bundle.model.engine
+    return batching if engine is None else _within_engine(batching, engine.batch)
+
+
+def write_repository(bundle: Bundle, folder: Path, batching: Batching) -> None:
+    """Write the model into the model repository ``folder``.
+
+    Raises:
+        InputError: a label of several lines.
+        BundleError: the bundle changed since it was loaded.
+    """
+    home = folder / bundle.manifest.name
+    copy_bundle_file(bundle, bundle.model.file, home / "1" / model_name(bundle))
+    for data in external_data(bundle):
+        copy_bundle_file(bundle, data, home / "1" / PurePosixPath(data).name)
+    (home / "labels.txt").write_text(_labels(bundle.manifest), encoding="utf-8")
+    (home / "config.pbtxt").write_text(config_text(bundle, batching), encoding="utf-8")
 
 
 def model_name(bundle: Bundle) -> str:
