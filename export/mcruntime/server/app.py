@@ -65,6 +65,7 @@ class App:
         draining: set it to answer 503 to readiness probes and new work, while what is in flight is finished.
         in_flight: POST requests that have no answer yet.
         answered: HTTP answers by status.
+        is_locked: whether an API key is asked for.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class App:
         self.answered: Counter[int] = Counter()
         self.started = time.time()
         self.mirror: Callable[[Model, Images, Answer], None] | None = None
+        self.is_locked = keys is not None
         self._keys, self._control = keys, control
         self.connections: Callable[[], int] | None = None  # open ones, if the server can tell
         self._observers, self._refusals = list(observers), list(refusals)
@@ -124,6 +126,10 @@ class App:
         self.answered[response.status] += 1
         if self.is_observed(response.status):
             self._tell(scope, request, response, time.perf_counter() - began)
+
+    def serves(self, path: str) -> bool:
+        """Whether there is anything at a path."""
+        return self._router.find(path) is not None
 
     def close(self) -> None:
         """Let the decoders go."""
@@ -263,14 +269,14 @@ class App:
         body = await request.read()
         parameters = check_parameters(load_json(body)) if body else {}
         refuse_load_parameters(parameters)
-        await self.models.load(request.args["model"])
+        await asyncio.shield(self.models.load(request.args["model"]))  # goes on when the client hangs up
         return Response()
 
     async def _unload(self, request: Request) -> Response:
         self._check_control(request)
         body = await request.read()
         check_parameters(load_json(body)) if body else {}
-        await self.models.unload(request.args["model"])
+        await asyncio.shield(self.models.unload(request.args["model"]))
         return Response()
 
     def _check_control(self, request: Request) -> None:
@@ -304,7 +310,7 @@ class App:
         request.model, request.version = model.spec.name, model.spec.version
         data, top = await read_image(request)
         began = time.perf_counter()
-        images = await self._decode(data, model)
+        images = await self.decode_image(data, model)
         request.timing.decode_s = time.perf_counter() - began
         model.statistics.decoded(request.timing.decode_s)
         request.images = 1
@@ -319,15 +325,24 @@ class App:
         tree = {**best[0], "top": best, "model": model.spec.name, "version": model.spec.version, "timing": timing}
         return as_json(tree)
 
-    async def _decode(self, data: bytes, model: Model) -> Images:
+    async def decode_image(self, data: bytes, model: Model) -> Images:
+        """An image file as a model reads it, [1, C, H, W]; decoded in a thread.
+
+        Raises:
+            DataError, TooLargeError: not an image, damaged, or too large.
+            OverloadedError: too many are waiting to be decoded.
+        """
         if self._decoding >= self.options.max_queue + 1:
             raise OverloadedError
         self._decoding += 1
         try:
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(
-                self._decoders, decode, data, model.preprocessing, self.options.max_pixels
-            )
+            work = loop.run_in_executor(self._decoders, decode, data, model.preprocessing, self.options.max_pixels)
+            try:
+                return await asyncio.shield(work)
+            except asyncio.CancelledError:  # the client hung up; the thread still holds the image, so it still counts
+                await asyncio.wait([work])
+                raise
         finally:
             self._decoding -= 1
 

@@ -14,16 +14,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import uvicorn
 
 from mcruntime.errors import InputError, McdeployError
+from mcruntime.server import logs, metrics, pages
 from mcruntime.server.app import App
 from mcruntime.server.auth import Keys
+from mcruntime.server.http import SWEEP_S, TLS_HANDSHAKE_S, http_protocol, sweep
 from mcruntime.server.loader import Target, check_unique, describe, find_in, parse_target, source_of
 from mcruntime.server.models import Models, Source
 from mcruntime.server.options import ServerOptions
+from mcruntime.server.shadow import open_shadows
+from mcruntime.server.tls import tls_context
+from mcruntime.server.tracing import open_tracing
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 logger = logging.getLogger("mcruntime.server")
@@ -34,14 +38,32 @@ def run(bundles: Sequence[Path | str], options: ServerOptions) -> None:
     if not bundles and options.repository is None:
         raise InputError("nothing to serve; give at least one bundle folder, or a --repository of them")
     with ExitStack() as stack:
+        stack.enter_context(logs.to_stderr(options))
         listener = stack.enter_context(_bind(options.host, options.port))  # a port in use is known at once
+        tls = tls_context(options)  # so is a key that does not fit its certificate
+        observers, refusals = logs.observers(options)
+        if options.otlp is not None:
+            tracing = open_tracing(options.otlp)
+            stack.callback(tracing.close)
+            observers.append(tracing)
         keys = Keys(options.api_keys) if options.api_keys else None
         control = Keys(options.control_keys) if options.control_keys else None
         models = open_models([parse_target(bundle) for bundle in bundles], options)
         stack.callback(models.close)
-        app = App(models, options, keys=keys, control=control)
+        shadows = open_shadows(options.shadows, models, options)
+        stack.callback(shadows.close)
+        app = App(
+            models,
+            options,
+            keys=keys,
+            control=control,
+            routes=lambda app: [*pages.routes(app), *metrics.routes(app, shadows)],
+            observers=observers,
+            refusals=refusals,
+        )
+        app.mirror = shadows.mirror if shadows.all else None
         stack.callback(app.close)
-        _listen(listener, app, options)
+        _listen(listener, app, options, tls)
 
 
 def open_models(targets: Sequence[Target], options: ServerOptions) -> Models:
@@ -77,15 +99,19 @@ def open_models(targets: Sequence[Target], options: ServerOptions) -> Models:
 class DrainingServer(uvicorn.Server):
     """uvicorn that, told to stop, first answers 503 to new work until what is in flight is done, then closes."""
 
-    def __init__(self, app: App, options: ServerOptions) -> None:
+    def __init__(self, app: App, options: ServerOptions, tls: ssl.SSLContext | None = None) -> None:
         super().__init__(
             uvicorn.Config(
                 app, lifespan="off", ws="none", log_level="warning", access_log=False, server_header=False,
-                timeout_graceful_shutdown=1, loop="uvloop", http="httptools", **_tls(options),
+                timeout_graceful_shutdown=1, loop="uvloop", log_config=None,
+                http=http_protocol(options, lambda status: app.answered.update([status])),
+                ssl_context_factory=None if tls is None else lambda config, default: tls,
             )
         )  # fmt: skip
+        app.connections = lambda: len(self.server_state.connections)
         self._app = app
         self._drain_s = options.drain_s
+        self._reloads: set[asyncio.Task[None]] = set()
         self.num_cut_off = 0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -95,35 +121,50 @@ class DrainingServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         loop = asyncio.get_running_loop()
         if hasattr(signal, "SIGHUP") and threading.current_thread() is threading.main_thread():
-            loop.add_signal_handler(signal.SIGHUP, lambda: loop.create_task(self._app.models.reload()))
-        await super().startup(sockets)
+            loop.add_signal_handler(signal.SIGHUP, self._reload)
+        # As uvicorn's, but for the time a TLS handshake may take.
+        self.servers = [
+            await loop.create_server(
+                lambda: self.config.http_protocol_class(  # type: ignore[call-arg]
+                    config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+                ),
+                sock=sock,
+                ssl=self.config.ssl,
+                backlog=self.config.backlog,
+                ssl_handshake_timeout=TLS_HANDSHAKE_S if self.config.ssl else None,
+            )
+            for sock in sockets or []
+        ]
+        self._sweeper = loop.create_task(self._sweep(loop))
+        self.started = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        logger.info("stopping", extra={"fields": {"in_flight": self._app.in_flight}})
         deadline = time.monotonic() + self._drain_s
         while self._app.in_flight and time.monotonic() < deadline and not self.force_exit:
             await asyncio.sleep(0.02)
         self.num_cut_off = self._app.in_flight
-        await super().shutdown(sockets)
+        logger.info("drained", extra={"fields": {"cut_off": self.num_cut_off}})
+        try:
+            await super().shutdown(sockets)
+        finally:
+            self._sweeper.cancel()
+
+    def _reload(self) -> None:
+        task = asyncio.get_running_loop().create_task(self._app.models.reload())
+        self._reloads.add(task)  # a task that nobody holds may vanish
+        task.add_done_callback(self._reloads.discard)
+
+    async def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            sweep(self.server_state.connections, loop.time())
 
 
-def _tls(options: ServerOptions) -> dict[str, Any]:
-    if options.tls_cert is None:
-        return {}
-    for path in (options.tls_cert, options.tls_key, options.tls_client_ca):
-        if path is not None and not path.is_file():
-            raise InputError(f"{path}: no such file; TLS needs a certificate and its key in PEM")
-    return {
-        "ssl_certfile": str(options.tls_cert),
-        "ssl_keyfile": str(options.tls_key),
-        "ssl_ca_certs": str(options.tls_client_ca) if options.tls_client_ca else None,
-        "ssl_cert_reqs": ssl.CERT_REQUIRED if options.tls_client_ca else ssl.CERT_NONE,
-    }
-
-
-def _listen(listener: socket.socket, app: App, options: ServerOptions) -> None:
-    server = DrainingServer(app, options)
+def _listen(listener: socket.socket, app: App, options: ServerOptions, tls: ssl.SSLContext | None) -> None:
+    server = DrainingServer(app, options, tls)
     host, port = listener.getsockname()[:2]
-    scheme = "https" if options.tls_cert else "http"
+    scheme = "https" if tls else "http"
     with _signals_stop(server):
         try:
             listener.listen(2048)

@@ -1,0 +1,344 @@
+"""HTTP/1.1 that holds its limits: uvicorn's httptools protocol, with what it leaves open closed.
+
+The parser (llhttp) refuses what is malformed or ambiguous: two lengths, a length and chunks, bad chunk sizes. Added
+here are bounds on what is well-formed but too much - header bytes, headers, tiny chunks, pipelined requests,
+connections - and on time: every state that a client can leave a connection in ends. One sweep over all connections
+twice a second looks for those that stay too long, so that a request itself starts no timer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+import httptools
+from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+
+from mcruntime.server.errors import RETRY_AFTER_S
+from mcruntime.server.options import ServerOptions
+from mcruntime.server.protocol import dump
+
+SWEEP_S = 0.5  # how often the connections are looked at
+TLS_HANDSHAKE_S = 10.0
+MAX_DISCARDED = 4 << 20  # bytes that are read, and dropped, of a connection that was refused
+MANY_PIECES = 1024  # pieces of a body from which on their size counts
+MIN_PIECE = 64  # bytes a piece, on average; less costs us more than it costs the sender
+MAX_FRAMING = 64 << 10  # bytes of chunk extensions and trailers, beside half of the body's own
+HEALTH = b"/v2/health/"
+IDLE, HEAD, BODY = range(3)  # what is being read: nothing, a header, a body
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one connection may do; times in seconds.
+
+    Attributes:
+        connections: that are answered; more get 503.
+        header_bytes: of names and values, all together.
+        header_s: from a request's first byte to the end of its header.
+        body_s: from there to the end of its body.
+        idle_s: between two requests, and before the first.
+        write_s: in which an answer must be taken.
+        linger_s: in which a client that was refused must have read why.
+        pipelined: requests that may wait for an earlier one of the same connection.
+    """
+
+    connections: int = 1024
+    header_bytes: int = 16 << 10
+    headers: int = 100
+    url_bytes: int = 8 << 10
+    header_s: float = 10.0
+    body_s: float = 30.0
+    idle_s: float = 5.0
+    write_s: float = 30.0
+    linger_s: float = 2.0
+    pipelined: int = 32
+
+
+class Refusal(Exception):
+    """Raised inside the parser, which ends there."""
+
+
+class HttpProtocol(HttpToolsProtocol):
+    """One connection."""
+
+    limits = Limits()
+    on_refused: Callable[[int], None] = staticmethod(lambda status: None)
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.url, self.headers = b"", []
+        self._phase = IDLE
+        self._since = 0.0  # when this phase began; on the loop's clock
+        self._head_bytes = 0  # read of an unfinished header
+        self._chunk_bytes = 0  # of what is being parsed
+        self._framed = self._body_bytes = self._pieces = 0  # of the body that is being read
+        self._answers = 0
+        self._unsent: tuple[int, float] | None = None  # answers given when unsent bytes were first seen, and when
+        self._running: RequestResponseCycle | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._is_extra = False  # came when there were too many
+        self._last_words: bytes | None = None  # to be said after the answers that are still to come
+        self._is_deaf = False  # has said them; reads and drops
+        self._is_gone = False
+        self._verdict = (400, "the request is not valid HTTP/1.1")
+
+    # ------------------------------------------------------------------------------------------------- the connection
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.flow = _Flow(transport, self.pipeline)
+        self._since = self.loop.time()
+        others = len(self.connections) - self.limits.connections
+        self._is_extra = others > 0
+        if others > max(16, self.limits.connections // 4):  # not even worth a word
+            transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self.pipeline.clear()
+        self._drop_running()
+
+    def shutdown(self) -> None:
+        if self._is_deaf:
+            self.transport.close()
+        else:
+            super().shutdown()
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_deaf or self._last_words is not None:
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_DISCARDED:
+                self.transport.abort()
+            return
+        before, size = self._phase, len(data)
+        if before == IDLE:
+            self._phase, self._since, self._head_bytes = HEAD, self.loop.time(), 0
+        self._chunk_bytes = size
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserError:
+            self._refuse(*self._verdict)
+            return
+        except httptools.HttpParserUpgrade:
+            # Refused by not being answered: the request is answered as any other, and is the last.
+            self._listen_no_more()
+            return
+        if self._phase == HEAD:
+            self._head_bytes += size
+            if self._head_bytes > self.limits.header_bytes:
+                self._refuse(*self._too_large())
+        elif before == self._phase == BODY:
+            self._framed += size
+            self._check_pieces()
+
+    # -------------------------------------------------------------------------------------- what the parser calls back
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._phase == BODY:  # a trailer; it must not pass for a header
+            return
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        limits = self.limits
+        if len(self.headers) > limits.headers or len(self.url) > limits.url_bytes:
+            self._reject(*self._too_large())
+        # Counted only if what was read is that much; mostly it is the body that makes it so.
+        was_much = self._head_bytes + self._chunk_bytes > limits.header_bytes
+        if was_much and sum(len(name) + len(value) for name, value in self.headers) > limits.header_bytes:
+            self._reject(*self._too_large())
+        if len(self.pipeline) >= limits.pipelined:
+            self._reject(503, "too many requests at once on one connection; wait for their answers")
+        if self._is_extra:
+            self._is_extra = len(self.connections) > limits.connections
+            if self._is_extra and not self.url.startswith(HEALTH):
+                self._reject(503, "too many connections; try again")
+        is_upgrade = self.parser.should_upgrade()
+        if is_upgrade and any(name in (b"content-length", b"transfer-encoding") for name, _ in self.headers):
+            # The parser would take the body for the new protocol, and what follows for a request.
+            self._reject(400, "a request with a body cannot be upgraded to another protocol")
+        super().on_headers_complete()
+        self._phase = BODY
+        self._framed = self._body_bytes = self._pieces = 0
+        if is_upgrade:
+            self.cycle.keep_alive = False
+
+    def on_body(self, body: bytes) -> None:
+        self._body_bytes += len(body)
+        self._pieces += 1
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._phase = IDLE
+        self._head_bytes = -self._chunk_bytes  # what is left of this chunk belongs to the next request
+        if self.cycle.response_complete:
+            self._since = self.loop.time()
+
+    # ---------------------------------------------------------------------------------------------- what the app calls
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        self._task = task = self.loop.create_task(cycle.run_asgi(self._call))
+        task.add_done_callback(self.tasks.discard)
+        self.tasks.add(task)
+
+    async def _call(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await self.app(scope, receive, send)
+        except asyncio.CancelledError:
+            if not self._is_gone:
+                raise
+
+    def on_response_complete(self) -> None:
+        self.server_state.total_requests += 1
+        self._answers += 1
+        self._running = None
+        if self.transport.is_closing():
+            return
+        if self._phase != BODY:
+            self._since = self.loop.time()
+        elif self.expect_100_continue and not self._body_bytes:
+            # Told before its body was asked for, the client may send it or not: what comes next has no certain meaning.
+            self._listen_no_more()
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+        elif self._last_words is not None:
+            self._say(self._last_words)
+        elif self._is_deaf:
+            self._hang_up()
+
+    # ----------------------------------------------------------------------------------------------------- the limits
+
+    def look(self, now: float) -> None:
+        """End the connection if it has been in its state for too long; called by ``sweep``."""
+        if self.transport.get_write_buffer_size():
+            if self._unsent is None or self._unsent[0] != self._answers:
+                self._unsent = self._answers, now
+            elif now - self._unsent[1] > self.limits.write_s:
+                self.transport.abort()
+            return
+        self._unsent = None
+        if self._running is not None:
+            return
+        waited = now - self._since
+        if self._is_deaf:
+            if waited > self.limits.linger_s:
+                self.transport.abort()
+        elif self._phase == IDLE:
+            if waited > self.limits.idle_s:
+                self.transport.close()
+        elif self._phase == HEAD:
+            if waited > self.limits.header_s:
+                self._refuse(408, f"the request header did not arrive within {self.limits.header_s:.0f} s")
+        elif waited > self.limits.header_s + self.limits.body_s:  # was answered, and still sends
+            self.transport.abort()
+
+    def _check_pieces(self) -> None:
+        if self._pieces > MANY_PIECES and self._body_bytes < MIN_PIECE * self._pieces:
+            self._refuse(400, f"the request body comes in pieces of less than {MIN_PIECE} bytes; send larger ones")
+        elif self._framed - self._body_bytes > MAX_FRAMING + self._body_bytes // 2:
+            self._refuse(400, "the request body has more chunk extensions and trailers than allowed")
+
+    def _too_large(self) -> tuple[int, str]:
+        limits = self.limits
+        if len(self.url) > limits.url_bytes:
+            return 414, f"the URL is longer than {limits.url_bytes} bytes"
+        return 431, f"the request header is larger than {limits.header_bytes} bytes or {limits.headers} lines"
+
+    def _reject(self, status: int, message: str) -> None:
+        """Refuse from within the parser."""
+        self._verdict = status, message
+        raise Refusal
+
+    def _refuse(self, status: int, message: str) -> None:
+        """Answer what came before, say why this is not answered, and hang up."""
+        if self.transport.is_closing():
+            return
+        words = self._as_error(status, message)
+        self.on_refused(status)
+        if self._phase == BODY:  # it is the body that is wrong
+            if self.cycle is self._running or self.cycle.response_complete:
+                has_answer = self.cycle.response_started
+                self._drop_running()
+                self._say(b"" if has_answer else words)
+                return
+            self.pipeline.popleft()  # not begun; the last to come stands left
+        if self._running is None:
+            self._say(words)
+        else:
+            self._last_words, self._head_bytes = words, 0
+
+    def _drop_running(self) -> None:
+        """Stop the application's work for a client that will not get its answer."""
+        if self._running is not None and self._task is not None:
+            self._running.disconnected = self._is_gone = True
+            self._running = None
+            self._task.cancel()
+
+    def _say(self, words: bytes) -> None:
+        self.transport.write(words)
+        self._listen_no_more()
+        self._hang_up()
+
+    def _listen_no_more(self) -> None:
+        self._is_deaf, self._last_words, self._head_bytes = True, None, 0
+        self._since = self.loop.time()
+
+    def _hang_up(self) -> None:
+        """End our side and wait a little for the client's: to close on unread bytes would take our words from it."""
+        self._since = self.loop.time()
+        self.flow.resume_reading()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+
+    def _as_error(self, status: int, message: str) -> bytes:
+        body = dump({"error": message})
+        headers = [
+            *self.server_state.default_headers,
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            (b"connection", b"close"),
+        ]
+        if status == HTTPStatus.SERVICE_UNAVAILABLE:
+            headers.append((b"retry-after", str(RETRY_AFTER_S).encode()))
+        return b"".join(
+            [STATUS_LINE[status], *(b"%b: %b\r\n" % (name, value) for name, value in headers), b"\r\n", body]
+        )
+
+
+class _Flow(FlowControl):
+    """Reads on only when no request of the connection waits: what is read is held in memory."""
+
+    def __init__(self, transport: asyncio.Transport, pipeline: Any) -> None:
+        super().__init__(transport)
+        self._pipeline = pipeline
+
+    def resume_reading(self) -> None:
+        if self.read_paused and not self._pipeline:
+            super().resume_reading()
+
+
+def http_protocol(options: ServerOptions, on_refused: Callable[[int], None]) -> type[HttpProtocol]:
+    """The protocol with a server's limits.
+
+    Args:
+        on_refused: told the status of every answer that is given here, before a request reaches the application.
+    """
+    limits = Limits(
+        connections=options.max_connections,
+        header_s=min(Limits.header_s, options.body_timeout_s),
+        body_s=options.body_timeout_s,
+    )
+    return type("LimitedHttpProtocol", (HttpProtocol,), {"limits": limits, "on_refused": staticmethod(on_refused)})
+
+
+def sweep(connections: Iterable[Any], now: float) -> None:
+    """End the connections that have been in one state for too long."""
+    for connection in list(connections):
+        connection.look(now)
