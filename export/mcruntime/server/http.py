@@ -15,7 +15,7 @@ from http import HTTPStatus
 from typing import Any
 
 import httptools
-from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from mcruntime.server.errors import RETRY_AFTER_S
@@ -137,11 +137,15 @@ class HttpProtocol(HttpToolsProtocol):
             self._check_pieces()
 
     # -------------------------------------------------------------------------------------- what the parser calls back
+    # On every request's way, so uvicorn's few lines are written out here instead of called.
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._phase == BODY:  # a trailer; it must not pass for a header
             return
-        super().on_header(name, value)
+        name = name.lower()
+        if name == b"expect" and value.lower() == b"100-continue":
+            self.expect_100_continue = True
+        self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         limits = self.limits
@@ -170,14 +174,23 @@ class HttpProtocol(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         self._body_bytes += len(body)
         self._pieces += 1
-        super().on_body(body)
+        cycle = self.cycle
+        if cycle.response_complete:
+            return
+        cycle.body += body
+        if len(cycle.body) > HIGH_WATER_LIMIT:
+            self.flow.pause_reading()
+        cycle.message_event.set()
 
     def on_message_complete(self) -> None:
-        super().on_message_complete()
         self._phase = IDLE
         self._head_bytes = -self._chunk_bytes  # what is left of this chunk belongs to the next request
-        if self.cycle.response_complete:
+        cycle = self.cycle
+        if cycle.response_complete:
             self._since = self.loop.time()
+        else:
+            cycle.more_body = False
+            cycle.message_event.set()
 
     # ---------------------------------------------------------------------------------------------- what the app calls
 
