@@ -130,7 +130,7 @@ def _readable(status: int, headers: Any, body: bytes, step: Step) -> dict[str, A
     try:
         tree = json.loads(body)
     except ValueError:
-        answer["text"] = body.decode("latin-1")
+        answer["text"] = "HTML" if kept.get("Content-Type", "").startswith("text/html") else body.decode("latin-1")
     else:
         answer["json"] = _masked(_picked(tree, step) if status == 200 else tree)
     return answer
@@ -206,8 +206,11 @@ def _tree(message: Any, one: Call) -> Any:
 
 
 @contextlib.contextmanager
-def triton(venv: Path) -> Iterator[tuple[int, int]]:
-    """A real Triton that serves the tiny model until the block ends; yields its HTTP and its gRPC port."""
+def triton(venv: Path, repository: Path | None = None) -> Iterator[tuple[int, int]]:
+    """A real Triton until the block ends; yields its HTTP and its gRPC port.
+
+    It serves the tiny model; or, from another ``repository``, nothing before it is asked to load it.
+    """
     (packages,) = venv.glob("lib/python3.11/site-packages")
     bundled = packages / "pytriton" / "tritonserver"
     with tempfile.TemporaryDirectory() as scratch:
@@ -215,6 +218,7 @@ def triton(venv: Path) -> Iterator[tuple[int, int]]:
         backend = shutil.copytree(bundled / "backends" / "python", work / "backends" / "python")
         shutil.copy2(bundled / "python_backend_stubs" / "3.11" / "triton_python_backend_stub", backend)
         _write_repository(work / "models" / "tiny")
+        load = ["--load-model", "*"] if repository is None else []
         http_port, grpc_port = free_ports(2)
         environment = os.environ | {
             "LD_LIBRARY_PATH": str(packages / "nvidia_pytriton.libs"),
@@ -223,10 +227,10 @@ def triton(venv: Path) -> Iterator[tuple[int, int]]:
             "OMP_NUM_THREADS": "1",
         }
         command = [
-            bundled / "bin" / "tritonserver", "--model-repository", work / "models", "--backend-directory",
-            work / "backends", "--cache-directory", bundled / "caches", "--http-address", "127.0.0.1", "--http-port",
+            bundled / "bin" / "tritonserver", "--model-repository", repository or work / "models",
+            "--backend-directory", work / "backends", "--cache-directory", bundled / "caches", "--http-address", "127.0.0.1", "--http-port",
             http_port, "--grpc-address", "127.0.0.1", "--grpc-port", grpc_port, "--allow-metrics", "false",
-            "--model-control-mode", "explicit", "--load-model", "*",
+            "--model-control-mode", "explicit", *load,
         ]  # fmt: skip
         with (work / "log").open("w") as log:
             process = subprocess.Popen(list(map(str, command)), env=environment, stdout=log, stderr=log)
