@@ -401,7 +401,7 @@ def a_precision_of_a_run(tmp_path, run):
     return "eval", f"{run}@int8"
 
 
-@wrong(2, "--provider rocm: not available; this version has cpu, cuda, tensorrt")
+@wrong(2, "--provider: unknown provider 'rocm'; valid are cpu, cuda, tensorrt")
 def a_provider_that_is_not_there(tmp_path, run):
     return "serve", run / "bundle", "--provider", "rocm"
 
@@ -569,9 +569,12 @@ def test_a_profile_that_fails_does_not_cost_the_bench_before_it(tmp_path, finish
 @pytest.mark.parametrize(("words", "provider"), [((), "cpu"), (("--provider", "cuda"), "cuda")])
 def test_the_provider_reaches_the_server(finished, monkeypatch, capsys, words, provider):
     asked = {}
-    monkeypatch.setattr("mcruntime.server.serve", lambda *bundles, **options: asked.update(options))
+    monkeypatch.setattr(
+        "mcruntime.server.serve", lambda bundles, options: asked.update(bundles=bundles, options=options)
+    )
     assert mcdeploy(capsys, "serve", finished / "bundle", *words)[0] == 0
-    assert asked["provider"] == provider
+    assert asked["bundles"] == [str(finished / "bundle")]
+    assert asked["options"].provider == provider
 
 
 def test_what_can_be_evaluated_is_in_the_help(capsys):
