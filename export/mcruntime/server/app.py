@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
 import os
 import time
 import zlib
@@ -19,12 +18,11 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from mcruntime.cgroup import available_threads
-from mcruntime.errors import DataError, McdeployError
 from mcruntime.server.auth import Keys
 from mcruntime.server.batcher import Answer
 from mcruntime.server.body import Budget, read_body
 from mcruntime.server.config import model_config
-from mcruntime.server.errors import NotFoundError, OverloadedError, RequestError
+from mcruntime.server.errors import NotFoundError, OverloadedError, RequestError, as_told
 from mcruntime.server.images import decode, name_classes, read_image
 from mcruntime.server.models import Model, Models
 from mcruntime.server.options import ServerOptions
@@ -48,7 +46,6 @@ MODEL = r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[0-9]+))?"
 REPOSITORY = r"/v2/repository(?:/[^/]+)?"
 COMPRESS_FROM = 512  # bytes of an answer
 COMPRESSORS = {"gzip": 31, "deflate": 15}
-logger = logging.getLogger("mcruntime.server")
 
 
 class App:
@@ -66,6 +63,7 @@ class App:
         in_flight: POST requests that have no answer yet.
         answered: HTTP answers by status.
         is_locked: whether an API key is asked for.
+        budget: of the bytes of all request bodies, also gRPC's.
     """
 
     def __init__(
@@ -87,10 +85,10 @@ class App:
         self.started = time.time()
         self.mirror: Callable[[Model, Images, Answer], None] | None = None
         self.is_locked = keys is not None
-        self._keys, self._control = keys, control
+        self.keys, self.control = keys, control
         self.connections: Callable[[], int] | None = None  # open ones, if the server can tell
         self._observers, self._refusals = list(observers), list(refusals)
-        self._budget = Budget(options.max_inflight_bytes)
+        self.budget = Budget(options.max_inflight_bytes)
         self._decoders = ThreadPoolExecutor(available_threads(), thread_name_prefix="decode")
         self._decoding = 0
         self._router = Router([*self._routes(), *routes(self)])
@@ -106,10 +104,10 @@ class App:
         headers = dict(scope["headers"])
         is_work = scope["method"] == "POST"
         request = Request(scope["method"], scope["path"], scope["query_string"], headers, _no_body)
-        request.id = self._id_of(headers)
+        request.id = self.id_of(headers)
         self.in_flight += is_work
         try:
-            with self._budget.lease() as lease:
+            with self.budget.lease() as lease:
                 request.read = lambda: read_body(
                     receive,
                     headers,
@@ -141,21 +139,11 @@ class App:
         """What the handler says, or the error that it raised, as an answer."""
         try:
             return await self._handle(request)
-        except RequestError as error:
-            self._count_failure(request, error.status)
-            headers = (("retry-after", str(error.retry_after_s)),) if error.retry_after_s is not None else ()
-            return as_error(str(error), error.status, headers)
-        except DataError as error:  # an image; its text names no path
-            self._count_failure(request, 400)
-            return as_error(str(error), 400)
-        except McdeployError as error:
-            self._count_failure(request, 500)
-            logger.error("request %s: %s", request.id, error)
-            return as_error("the model could not answer this request", 500)
-        except Exception:
-            self._count_failure(request, 500)
-            logger.exception("request %s", request.id)
-            return as_error("internal server error", 500)
+        except Exception as error:
+            told = as_told(error, request.id)
+            self.count_failure(request.model, request.version, told.status)
+            headers = (("retry-after", str(told.retry_after_s)),) if told.retry_after_s is not None else ()
+            return as_error(str(told), told.status, headers)
 
     async def _handle(self, request: Request) -> Response:
         args = self._infer_paths.get(request.path)
@@ -164,7 +152,7 @@ class App:
         else:
             found = self._router.find(request.path)
             route, args = found if found else (_NOTHING, {})
-        if self._keys is not None and not route.open_to_all and not self._keys.allow(request.headers):
+        if self.keys is not None and not route.open_to_all and not self.keys.allow(request.headers):
             return as_error("an API key is needed: Authorization: Bearer KEY", 401, (("www-authenticate", "Bearer"),))
         if route is _NOTHING:
             raise NotFoundError("there is nothing at this path; see /v2 and /docs")
@@ -177,11 +165,10 @@ class App:
             return as_error("the server is shutting down", 503, (("retry-after", "1"),))
         return await handler(request)
 
-    def _count_failure(self, request: Request, status: int) -> None:
-        if not request.model:
-            return
+    def count_failure(self, model: str, version: str, status: int) -> None:
+        """A request was answered with an error, in the statistics of the model that it was for; "": of none."""
         reason = {503: "rejected", 504: "timeout", 500: "internal"}.get(status, "input")
-        statistics = self.models.statistics.get((request.model, request.version))
+        statistics = self.models.statistics.get((model, version))
         if statistics is not None:
             statistics.failed(reason)
 
@@ -280,7 +267,7 @@ class App:
         return Response()
 
     def _check_control(self, request: Request) -> None:
-        refuse_control(self._control, request.headers)
+        refuse_control(self.control, request.headers)
 
     # ------------------------------------------------------------------------------------------------------ the work
 
@@ -366,7 +353,7 @@ class App:
 
     # ------------------------------------------------------------------------------------------------------ observing
 
-    def _id_of(self, headers: dict[bytes, bytes]) -> str:
+    def id_of(self, headers: dict[bytes, bytes]) -> str:
         """The client's request id, if it is one that can stand in a log; else one of ours."""
         given = headers.get(b"x-request-id")
         if given and len(given) <= 64 and given.replace(b"-", b"").replace(b"_", b"").isalnum():

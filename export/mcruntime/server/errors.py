@@ -5,9 +5,12 @@ The texts go to strangers: no path, no process id, no version, no name of ours b
 
 from __future__ import annotations
 
-from mcruntime.errors import InputError
+import logging
+
+from mcruntime.errors import DataError, InputError, McdeployError
 
 RETRY_AFTER_S = 1
+logger = logging.getLogger("mcruntime.server")
 
 
 class RequestError(InputError):
@@ -57,3 +60,16 @@ class UnavailableError(RequestError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, 503, RETRY_AFTER_S)
+
+
+def as_told(error: Exception, request_id: str) -> RequestError:
+    """What a client is told of any error; what it must not be told is logged."""
+    if isinstance(error, RequestError):
+        return error
+    if isinstance(error, DataError):  # an image; its text names no path
+        return RequestError(str(error))
+    if isinstance(error, McdeployError):
+        logger.error("request %s: %s", request_id, error)
+        return RequestError("the model could not answer this request", 500)
+    logger.error("request %s", request_id, exc_info=error)
+    return RequestError("internal server error", 500)
