@@ -228,9 +228,9 @@ def triton(venv: Path, repository: Path | None = None) -> Iterator[tuple[int, in
         }
         command = [
             bundled / "bin" / "tritonserver", "--model-repository", repository or work / "models",
-            "--backend-directory", work / "backends", "--cache-directory", bundled / "caches", "--http-address", "127.0.0.1", "--http-port",
-            http_port, "--grpc-address", "127.0.0.1", "--grpc-port", grpc_port, "--allow-metrics", "false",
-            "--model-control-mode", "explicit", *load,
+            "--backend-directory", work / "backends", "--cache-directory", bundled / "caches",
+            "--http-address", "127.0.0.1", "--http-port", http_port, "--grpc-address", "127.0.0.1", "--grpc-port",
+            grpc_port, "--allow-metrics", "false", "--model-control-mode", "explicit", *load,
         ]  # fmt: skip
         with (work / "log").open("w") as log:
             process = subprocess.Popen(list(map(str, command)), env=environment, stdout=log, stderr=log)
