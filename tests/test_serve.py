@@ -812,4 +812,6 @@ def test_sigterm_answers_the_request_in_flight_refuses_new_ones_and_exits_with_0
         assert status == 200
         assert json.loads(answer) == expected
         assert server.process.wait(10) == 0
-        assert server.process.stderr.read() == ""
+        logged = server.process.stderr.read()
+    assert "stopping in_flight=1" in logged
+    assert not re.search("Traceback|ERROR|Warning:", logged)
