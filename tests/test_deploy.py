@@ -93,7 +93,7 @@ def test_triton_reads_every_field_as_the_bundle_has_it(folder, tmp_path):
     how = json.loads(config.parameters["mcdeploy_preprocessing"].string_value)
     assert how == bundle.manifest.preprocessing.model_dump(mode="json")
     assert any("our defaults" in note for note in packaged.notes)
-    assert any("no Triton ran it here" in note for note in packaged.notes)
+    assert any("no Triton ran this package" in note for note in packaged.notes)
 
 
 def test_the_model_in_the_repository_is_the_one_of_the_bundle(folder, tmp_path):
@@ -241,6 +241,7 @@ def test_an_engine_goes_to_the_tensorrt_backend_within_its_profile(tmp_path):
     assert config.instance_group[0].kind == model_config_pb2.ModelInstanceGroup.KIND_GPU
     assert (config.max_batch_size, list(config.dynamic_batching.preferred_batch_size)) == (16, [4])
     assert any("NVIDIA L4 with TensorRT 10.16.1.11 only" in note for note in packaged.notes)
+    assert any("no Triton ran any engine here" in note for note in packaged.notes)
 
 
 def test_a_bench_does_not_push_an_engine_out_of_its_profile(tmp_path):
@@ -596,7 +597,7 @@ def test_the_command_packages_the_model_that_is_named(tmp_path, wheel, monkeypat
     arguments = ("package", f"{folder}@int8", "--to", "triton", "--out", tmp_path / "repo", "--bench", bench)
     assert mcdeploy(monkeypatch, *arguments) == 0
     said = capsys.readouterr().out
-    assert "no Triton ran it here" in said
+    assert "no Triton ran this package" in said
     assert said.endswith(f"wrote {tmp_path / 'repo'}\n")
     assert config_of(tmp_path / "repo").max_batch_size == 16
     assert mcdeploy(monkeypatch, "package", folder, "--to", "docker", "--out", tmp_path / "i", "--wheel", wheel) == 0

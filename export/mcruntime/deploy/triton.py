@@ -24,8 +24,14 @@ from mcruntime.manifest import Manifest
 # Without a measurement: room for 8 images, and batches of 4 or 8 where they wait anyway.
 DEFAULT_MAX_BATCH, DEFAULT_PREFERRED = 8, (4, 8)
 WORTH_IT = 0.95  # of the best images/s: a batch size that reaches this share is worth waiting for
+# What ``tests/triton_package.py`` did with packages of this kind, and where it stopped.
 NOT_RUN = (
-    "no Triton ran it here: its config.pbtxt is checked against Triton's protobuf only, so try it before you rely on it"
+    "no Triton ran this package: Triton 2.51 took the config of others like it and answered right with their model, on "
+    "the CPU by its Python backend instead of ONNX Runtime's; try it before you rely on it"
+)
+NO_ENGINE_RUN = (
+    "no Triton ran any engine here: the config.pbtxt is checked against Triton's protobuf only; try it before you rely "
+    "on it"
 )
 
 
@@ -59,7 +65,7 @@ def package_triton(bundle: Bundle, out: Path | str, *, name: str = "", bench: Pa
             f"the engine runs on {model.engine.gpu} with TensorRT {model.engine.tensorrt} only; "
             "take the Triton release that has this TensorRT"
         )
-    notes.append(NOT_RUN)
+    notes.append(NOT_RUN if model.engine is None else NO_ENGINE_RUN)
     chosen = {"batching": asdict(batching), "ran_in_triton": False}
     with new_folder(Path(out), "triton", bundle, chosen) as folder:
         write_repository(bundle, folder, batching)
