@@ -16,8 +16,8 @@ error, not left out. All of it listens on 127.0.0.1 only. 3 rounds of everything
 Right before and after each load, the raw loop is timed at batch 1 and 8: R1 and R8 are requests a second divided by
 the mean of the two. The load generator shares the cores with the server. A sample during which other processes had
 more than 6 % of the cores never counts; it is taken again, after a wait for a quiet machine (--tries, --patience). Nor
-does one count with an answer that was not right. Servers take turns within each round; the figures are medians over the rounds.
-mcdeploy's server runs with an API key, its limits and its metrics on.
+does one count with an answer that was not right. Servers take turns within each round; the figures are medians over
+the rounds. mcdeploy's server runs with an API key, its limits and its metrics on.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ class Run:
                 self.starts.append(
                     label | {
                         "cold_start_s": round(server_running.cold_start_s, 3),
-                        "memory_mib": round(server_running.memory_mib(), 1),
+                        "memory_mb": round(server_running.memory_mb(), 1),
                     }
                 )  # fmt: skip
         except (ServerFailed, OSError) as error:
@@ -223,7 +223,7 @@ class Run:
         return h2load(server.url(way), headers, frame, answer_bytes + 5, count, seconds, mark)
 
     def _fail(self, said: str) -> None:
-        said = said[:500]
+        said = " ".join(said.split())[:300]
         print(f"FAILED {said}", flush=True)
         self.failures.append(said)
 
@@ -341,7 +341,7 @@ def judge(samples: Sequence[dict[str, Any]], starts: Sequence[dict[str, Any]]) -
         dense, pruned = (figure("pair", net, "binary", count, name) for net in PAIR)
         targets.append(least(f"pruned speed-up kept, {count} connections", 0.9, _ratio(pruned, dense)))
     ours_started = [start for start in starts if start["server"] == OURS and start["part"] == "compare"]
-    for what, limit, name in (("cold start, s", 1.5, "cold_start_s"), ("memory, MiB", 250 * 1e6 / 2**20, "memory_mib")):
+    for what, limit, name in (("cold start, s", 1.5, "cold_start_s"), ("memory, MB (10^6 bytes)", 250, "memory_mb")):
         values = [start[name] for start in ours_started]
         targets.append(most(what, limit, statistics.median(values) if values else None))
     for count in (1, 8):

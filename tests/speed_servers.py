@@ -1,6 +1,7 @@
 """The servers that are timed: how each is started, what it is asked, and how its answer is read.
 
-Each competitor lives in a virtual environment of its own, ``VENVS/NAME``, never in mcdeploy's:
+Each competitor lives in a virtual environment of its own, made by ``python3.11 -m venv VENVS/NAME`` and never
+mcdeploy's; then, with its pip:
 
     litserve   pip install litserve==0.2.19 onnxruntime==1.31.1
     triton     pip install nvidia-pytriton==0.7.0 onnxruntime==1.31.1      (Triton 2.51.0, Python backend, on the CPU)
@@ -9,8 +10,9 @@ Each competitor lives in a virtual environment of its own, ``VENVS/NAME``, never
     bentoml    pip install bentoml==1.4.39 onnxruntime==1.31.1
     ray        pip install 'ray[serve]==2.60.0' onnxruntime==1.31.1
 
-All serve the same ONNX file with the same ONNX Runtime and settings (``competitors/shared_session.py``), one copy of
-it, batches of 32 at most; those that must be told how long to wait for a batch wait 0.5 ms.
+All serve the same ONNX file with the same ONNX Runtime and settings (``competitors/shared_session.py``): one copy of
+it, batches of 32 at most, no line in a log for each request. Those that must be told how long to wait for a batch wait
+0.5 ms.
 """
 
 from __future__ import annotations
@@ -103,7 +105,7 @@ def _ours(place: Place) -> list[str]:
     keys.write_text(f"{API_KEY}\n")
     return [
         sys.executable, "-m", "mcruntime.server", str(place.model.bundle), "--port", str(place.http),
-        "--grpc-port", str(place.grpc), "--api-keys", str(keys), "--threads", str(place.threads),
+        "--grpc-port", str(place.grpc), "--api-keys", str(keys), "--threads", str(place.threads), "--max-batch", "32",
     ]  # fmt: skip
 
 
@@ -310,13 +312,13 @@ class Running:
             raise ServerFailed(f"{self.server.name}, {way.name}: the logits are off by {worst:.1e} of the largest")
         return size
 
-    def memory_mib(self) -> float:
-        """Resident, of all its processes; what they share is counted once for each."""
+    def memory_mb(self) -> float:
+        """Resident, of all its processes, in 10^6 bytes; what they share is counted once for each."""
         total = 0
         for process in marked(self._mark):
             with suppress(psutil.Error):
                 total += process.memory_info().rss
-        return total / 2**20
+        return total / 1e6
 
     def stop(self) -> None:
         """Politely first; then whatever is left of it."""

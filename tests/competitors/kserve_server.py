@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import kserve.logging
 from kserve import InferRequest, InferResponse, Model, ModelServer
 from kserve.protocol.infer_type import InferOutput
 from kserve.utils.utils import generate_uuid
@@ -25,6 +26,9 @@ class OnnxModel(Model):
 
 
 def main() -> None:
+    for name in ("kserve", "kserve.trace", "uvicorn.access"):  # else up to three lines a request
+        kserve.logging.KSERVE_LOG_CONFIG["loggers"][name]["level"] = "WARNING"
+    kserve.logging.configure_logging(kserve.logging.KSERVE_LOG_CONFIG)
     model = OnnxModel(MODEL_NAME)
     model.load()
     server = ModelServer(http_port=int(sys.argv[1]), grpc_port=int(sys.argv[2]), enable_latency_logging=False)
