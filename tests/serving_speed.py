@@ -444,6 +444,9 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers are stopped then, too
     options.work.mkdir(parents=True, exist_ok=True)
     work, venvs = options.work.resolve(), (options.venvs or options.work / "venvs").resolve()
+    for venv in sorted({SERVERS[name].venv for name in options.servers} - {""}):
+        if not (venvs / venv / "bin/python").exists():
+            sys.exit(f"{venvs / venv}: there is no such virtual environment; speed_servers.py says how to make it")
     about: dict[str, Any] = {
         "command": "python -m serving_speed WORK " + _flags(options),
         "machine": describe_machine(),
