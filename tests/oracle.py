@@ -9,6 +9,16 @@ only. It has no ONNX Runtime backend, so its Python backend runs ``onnxruntime``
     PYTHONPATH=tests python -m oracle clients TRITON     runs the checks of test_clients.py against it
     PYTHONPATH=tests python -m oracle compare            replays against our own server and prints every difference
 
+``perf_analyzer`` 2.47 came inside an old wheel of tritonclient; later ones need a newer glibc, and it needs CUDA's
+runtime library even without a GPU:
+
+    apt-get install libb64-0d
+    pip download --no-deps tritonclient==2.47.0 nvidia-cuda-runtime-cu12
+    unzip both, chmod +x tritonclient-2.47.0.data/data/bin/perf_analyzer
+    LD_LIBRARY_PATH=nvidia/cuda_runtime/lib PYTHONPATH=tests python -m oracle perf PERF_ANALYZER
+                                                         runs it against our server, over HTTP and gRPC, and writes
+                                                         recipes/results/serving_perf_analyzer.json
+
 ``test_oracle.py`` replays the cases against our server and needs no Triton.
 """
 
@@ -16,6 +26,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import csv
 import gzip
 import http.client
 import itertools
@@ -44,6 +55,7 @@ from tiny_onnx import LABELS, write_bundle, write_model
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 GOLDEN = Path(__file__).parent / "golden"
+RESULT = Path(__file__).parents[1] / "recipes" / "results" / "serving_perf_analyzer.json"
 HEADERS = ("Content-Type", "Content-Encoding", "Inference-Header-Content-Length", "Allow", "Accept-Encoding")
 VOLATILE = ("ns", "last_inference")  # numbers of the clock: only their type is compared
 NOTHING: Mapping[str, str] = MappingProxyType({})
@@ -291,8 +303,6 @@ def our_server(folder: Path, *options: str) -> Iterator[tuple[int, int, dict[str
         process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, env=environment)
     try:
         http_port = _port_in(folder / "log", process)
-        with grpc.insecure_channel(f"127.0.0.1:{grpc_port}") as channel:
-            grpc.channel_ready_future(channel).result(timeout=WAIT_S)
         yield http_port, grpc_port, {"authorization": f"Bearer {CONTROL_KEY}"}
     finally:
         process.terminate()
@@ -350,6 +360,8 @@ def main(arguments: list[str]) -> int:
                 with tempfile.TemporaryDirectory() as scratch, our_server(Path(scratch)) as (*ports, control):
                     _show(kind, replay(ports, control), read_golden(kind))
             return 0
+        case ["perf", program]:
+            return 0 if run_perf_analyzer(program) else 1
         case ["clients", venv]:
             with triton(Path(venv).resolve()) as (http_port, grpc_port):
                 environment = os.environ | {"TRITON_PORTS": f"{http_port},{grpc_port}"}
@@ -357,6 +369,51 @@ def main(arguments: list[str]) -> int:
                 return subprocess.run([sys.executable, "-m", "pytest", checks], env=environment, check=False).returncode
     print(__doc__)
     return 2
+
+
+PERF_RUNS: dict[str, list[str]] = {
+    "HTTP, binary tensors": ["-i", "http"],
+    # Its own data are FP32 of any size, and what models answer to these is infinite, which JSON cannot say.
+    "HTTP, JSON tensors": [
+        "-i", "http", "--input-tensor-format", "json", "--output-tensor-format", "json", "--input-data", "zero",
+    ],
+    "HTTP, batches of 4": ["-i", "http", "-b", "4"],
+    "HTTP, asynchronous": ["-i", "http", "--async"],
+    "gRPC": ["-i", "grpc"],
+    "gRPC, asynchronous": ["-i", "grpc", "--async"],
+    "gRPC, stream": ["-i", "grpc", "--async", "--streaming"],
+}  # fmt: skip
+
+
+def run_perf_analyzer(program: str) -> bool:
+    """Run it in every mode against our server; returns whether all of them completed.
+
+    The model takes microseconds, and the load shares its cores: the figures say that it works, not how fast.
+    """
+    said = subprocess.run([program, "--version"], capture_output=True, text=True, check=True)
+    runs = {}
+    with tempfile.TemporaryDirectory() as scratch, our_server(Path(scratch)) as (http_port, grpc_port, _):
+        for name, mode in PERF_RUNS.items():
+            port = grpc_port if "grpc" in mode else http_port
+            runs[name] = _perf_run(program, mode, port, Path(scratch) / "table.csv")
+            print(f"{name}: {'completed' if runs[name]['completed'] else runs[name]['said']}")
+    RESULT.write_text(
+        json.dumps({"perf_analyzer": said.stdout.strip() or said.stderr.strip(), "runs": runs}, indent=1) + "\n"
+    )
+    return all(run["completed"] for run in runs.values())
+
+
+def _perf_run(program: str, mode: list[str], port: int, table: Path) -> dict[str, Any]:
+    table.unlink(missing_ok=True)
+    options = ["-m", "tiny", *mode, "--concurrency-range", "1:8:7", "-p", "1000", "-r", "10", "-s", "75"]
+    done = subprocess.run(
+        [program, *options, "-u", f"127.0.0.1:{port}", "-f", str(table)],
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    rows = list(csv.DictReader(table.read_text().splitlines())) if table.exists() else []
+    completed = done.returncode == 0 and [row["Concurrency"] for row in rows] == ["1", "8"]
+    run = {"command": " ".join(["perf_analyzer", *options]), "completed": completed, "rows": rows}
+    return run if completed else run | {"said": (done.stdout + done.stderr)[-1000:]}
 
 
 def _show(kind: str, found: dict[str, list[Any]], expected: dict[str, list[Any]]) -> int:

@@ -32,7 +32,7 @@ CONFIG_KEYS = ("name", "max_batch_size")  # what a client reads of it; the rest 
 class Step:
     """One HTTP request.
 
-    ``until``: repeat it until the answer's JSON holds this. ``drill``: of a good answer, compare only what lies under these
+    ``until``: repeat it until the answer's JSON holds this. ``drill``: of a good answer, compare what lies under these
     keys, and ``keep``: of that, these keys.
     """
 
@@ -169,7 +169,7 @@ REST_CASES: dict[str, tuple[Step, ...]] = {
     "model ready, version": (get(f"{MODEL}/versions/1/ready"),),
     "model ready, unknown model": (get("/v2/models/nope/ready"),),
     "model ready, unknown version": (get(f"{MODEL}/versions/7/ready"),),
-    "server metadata": (get("/v2"),),
+    "server metadata": (get("/v2", keep=("name", "extensions")),),
     "model metadata": (get(MODEL),),
     "model metadata, version": (get(f"{MODEL}/versions/1"),),
     "model metadata, unknown model": (get("/v2/models/nope"),),
@@ -193,8 +193,8 @@ REST_CASES: dict[str, tuple[Step, ...]] = {
     "infer by OPTIONS": (Step(INFER, "OPTIONS"),),
     "path in capitals": (get("/V2/health/live"),),
     "path with two slashes": (get("/v2//models/tiny"),),
-    "path with an encoded letter": (get("/v2/models/tin%79"),),
-    "path with an encoded slash": (get("/v2/models%2Ftiny"),),
+    "path with an encoded letter": (get("/v2/models/tin%79/ready"),),
+    "path with an encoded slash": (get("/v2/models%2Ftiny/ready"),),
     "path with dots": (get("/v2/models/nope/../tiny"),),
     "path with a query": (get("/v2/health/live?a=1"), Step(f"{INFER}?a=1", body=as_json().body)),
     "trace settings": (get("/v2/trace/setting"),),
@@ -433,7 +433,7 @@ GRPC_CASES: dict[str, tuple[Call, ...]] = {
     "model ready, version": ask("ModelReady", TINY | {"version": "1"}),
     "model ready, unknown model": ask("ModelReady", NOPE),
     "model ready, unknown version": ask("ModelReady", TINY | {"version": "7"}),
-    "server metadata": ask("ServerMetadata"),
+    "server metadata": ask("ServerMetadata", keep=("name", "extensions")),
     "model metadata": ask("ModelMetadata", TINY),
     "model metadata, unknown model": ask("ModelMetadata", NOPE),
     "model metadata, unknown version": ask("ModelMetadata", TINY | {"version": "7"}),
@@ -601,10 +601,363 @@ def expected(kind: str, step: Step | Call, answer: Answer) -> Answer:
 
 @dataclass(frozen=True)
 class Difference:
-    """Why ours answers differently, and what it answers, by number of the step."""
+    """Why ours answers differently, and by number of the step what is different in its answer; None: not there."""
 
     why: str
     ours: Mapping[int, Answer]
 
 
-DIFFERENCES: dict[str, dict[str, Difference]] = {"rest": {}, "grpc": {}}
+WORDS = "Triton answers in the words of its JSON library; ours says what is expected"
+OTHER_CHECK = "the same is refused, but something else about it is noticed first"
+RAW = "Triton calls the input of a raw request by an internal name; ours says how many bytes are missing or too many"
+FINITE = "NaN and infinite values are refused: no classifier answers anything sensible to them"
+SMALL = "answers of less than 512 bytes are not packed: packing costs more than it saves"
+ABSENT = "this server has neither shared memory nor trace or log settings for clients, and does not say that it has"
+NOT_FOUND = "a model that is not there is not found, whatever is asked about it"
+NAME_ONLY = "a client may name the model to load and nothing else: files and configurations are a way to run code"
+
+
+def says(text: str, status: int = 400) -> Answer:
+    """Another sentence over REST."""
+    return {"status": status, "json": {"error": text}}
+
+
+def because(why: str, cases: Mapping[str, Answer], step: int = 0) -> dict[str, Difference]:
+    """The same reason for several cases."""
+    return {name: Difference(why, {step: change}) for name, change in cases.items()}
+
+
+DIFFERENCES: dict[str, dict[str, Difference]] = {
+    "rest": {
+        **because(
+            "a request that was refused has failed, too; Triton counts what reached its queue",
+            {
+                "statistics after a request that was refused": {
+                    "json": {
+                        "success": {"count": 2, "ns": "number"},
+                        "fail": {"count": 1, "ns": "number"},
+                        "queue": {"count": 2, "ns": "number"},
+                    }
+                }
+            },
+            step=1,
+        ),
+        **because(
+            "counters never go back, as Prometheus expects of them",
+            {
+                "statistics after another load": {
+                    "json": {"name": "tiny", "version": "1", "inference_count": 3, "execution_count": 2}
+                }
+            },
+            step=4,
+        ),
+        **because(
+            "probes may use HEAD, as HTTP allows wherever GET is",
+            {"live by HEAD": {"status": 200, "headers": {"Content-Type": "application/json"}}},
+        ),
+        **because(
+            "name, version and the extensions that this server has",
+            {
+                "server metadata": {
+                    "json": {
+                        "name": "mcdeploy",
+                        "extensions": [
+                            "binary_tensor_data",
+                            "classification",
+                            "model_configuration",
+                            "model_repository",
+                            "parameters",
+                            "schedule_policy",
+                            "statistics",
+                        ],
+                    }
+                }
+            },
+        ),
+        **because(
+            "Triton adds the defaults of settings that no classifier needs",
+            {
+                "config, inputs and outputs": {
+                    "json": {
+                        "input": [
+                            {"name": "image", "data_type": "TYPE_FP32", "format": "FORMAT_NONE", "dims": [3, 8, 8]}
+                        ],
+                        "output": [
+                            {"name": "logits", "data_type": "TYPE_FP32", "dims": [4], "label_filename": "labels.txt"}
+                        ],
+                    }
+                }
+            },
+        ),
+        **because(
+            NOT_FOUND,
+            {
+                "statistics, unknown model": says("Request for unknown model: 'nope' is not found", 404),
+                "statistics, unknown version": says("Request for unknown model: 'tiny' version 7 is not found", 404),
+            },
+        ),
+        **because(
+            "the page for people is there",
+            {
+                "root": {
+                    "status": 200,
+                    "headers": {"Content-Type": "text/html; charset=utf-8"},
+                    "json": None,
+                    "text": "HTML",
+                }
+            },
+        ),
+        **because("KServe's list of models", {"list of models": {"status": 200, "json": {"models": ["tiny"]}}}),
+        **because(
+            "an encoded letter in a path is that letter (RFC 3986, 2.3)",
+            {"path with an encoded letter": {"status": 200, "json": {"name": "tiny", "ready": True}}},
+        ),
+        **because(
+            "paths are read decoded, before keys are checked and before they are looked up",
+            {"path with an encoded slash": {"status": 200, "json": {"name": "tiny", "ready": True}}},
+        ),
+        **because(
+            ABSENT,
+            {
+                "trace settings": says("there is nothing at this path; see /v2 and /docs", 404),
+                "log settings": says("there is nothing at this path; see /v2 and /docs", 404),
+                "system shared memory": says("there is nothing at this path; see /v2 and /docs", 404),
+                "CUDA shared memory": says("there is nothing at this path; see /v2 and /docs", 404),
+            },
+        ),
+        **because(
+            "TODO",
+            {
+                "index": {"json": [{"name": "tiny", "version": "1", "state": "READY", "reason": ""}]},
+                "index, ready only": {"json": [{"name": "tiny", "version": "1", "state": "READY", "reason": ""}]},
+                "infer, empty id": {
+                    "json": {
+                        "id": "",
+                        "model_name": "tiny",
+                        "model_version": "1",
+                        "outputs": [
+                            {
+                                "name": "logits",
+                                "datatype": "FP32",
+                                "shape": [1, 4],
+                                "data": [-0.27734375, 0.2470703125, 0.0302734375, 0.2666015625],
+                            }
+                        ],
+                    }
+                },
+                "classification, none": says("parameter 'classification' must be a whole number of at least 1", 400),
+            },
+        ),
+        **because(
+            NOT_FOUND,
+            {"unload and load": says("Request for unknown model: 'tiny' has no available versions", 404)},
+            step=6,
+        ),
+        **because(
+            NAME_ONLY,
+            {
+                "load, a file": says(
+                    "load takes no parameters here: neither a configuration nor files can be sent to this server"
+                ),
+                "load, a config that is no JSON": says(
+                    "load takes no parameters here: neither a configuration nor files can be sent to this server"
+                ),
+                "load, unknown parameter": says(
+                    "load takes no parameters here: neither a configuration nor files can be sent to this server"
+                ),
+            },
+        ),
+        **because(
+            "a name with a slash is no name, so there is no such path",
+            {"load, a name that is a path": says("there is nothing at this path; see /v2 and /docs", 404)},
+        ),
+        **because(
+            "who asks for one output twice, perhaps in two forms, has made a mistake",
+            {
+                "infer, output asked for twice": says(
+                    "output 'logits' is requested more than once for model 'tiny'", 400
+                )
+            },
+        ),
+        **because(
+            WORDS,
+            {
+                "classification, negative": says("parameter 'classification' must be a whole number of at least 1"),
+                "classification, text": says("parameter 'classification' must be a whole number of at least 1"),
+                "binary, negative size": says("'binary_data_size' of input 'image' must be a whole number of bytes"),
+                "binary, size is text": says("'binary_data_size' of input 'image' must be a whole number of bytes"),
+                "binary, data beside the size": says(
+                    "input 'image' has both 'data' and 'binary_data_size'; send one of them"
+                ),
+                "infer, JSON that is no object": says("failed to parse the request JSON buffer: expected an object"),
+                "infer, no inputs": says(
+                    "failed to parse the request JSON buffer: 'inputs' must be an array of objects"
+                ),
+                "infer, inputs are no array": says(
+                    "failed to parse the request JSON buffer: 'inputs' must be an array of objects"
+                ),
+                "infer, an input that is no object": says(
+                    "failed to parse the request JSON buffer: 'inputs' must be an array of objects"
+                ),
+                "infer, input without a name": says("unexpected inference input (NoneType) for model 'tiny'"),
+                "infer, input without a shape": says(
+                    "failed to parse the request JSON buffer: 'shape' must be an array of integers"
+                ),
+                "infer, input without a type": says(
+                    "inference input 'image' data-type is (NoneType), but model 'tiny' expects 'FP32'"
+                ),
+                "infer, input without data": says("input 'image' for model 'tiny' needs 'data', an array of numbers"),
+                "infer, outputs are no array": says(
+                    "failed to parse the request JSON buffer: 'outputs' must be an array of objects"
+                ),
+                "infer, dimension that is a fraction": says(
+                    "failed to parse the request: 'shape' of input 'image' must be an array of integers"
+                ),
+                "infer, dimension that is text": says(
+                    "failed to parse the request: 'shape' of input 'image' must be an array of integers"
+                ),
+                "infer, a number too few": says(
+                    "unexpected size of input 'image' for model 'tiny': expected 192 numbers, got 191"
+                ),
+                "infer, a number too many": says(
+                    "unexpected size of input 'image' for model 'tiny': expected 192 numbers, got 193"
+                ),
+                "infer, text among the numbers": says(
+                    "'data' of input 'image' for model 'tiny' must hold numbers only"
+                ),
+                "infer, true among the numbers": says(
+                    "'data' of input 'image' for model 'tiny' must hold numbers only"
+                ),
+                "infer, null among the numbers": says(
+                    "'data' of input 'image' for model 'tiny' must hold numbers only"
+                ),
+                "infer, id is a number": says("failed to parse the request JSON buffer: 'id' must be a string"),
+                "infer, parameters are no object": says(
+                    "failed to parse the request JSON buffer: 'parameters' must be an object"
+                ),
+                "infer, priority is text": {
+                    "status": 200,
+                    "json": {
+                        "model_name": "tiny",
+                        "model_version": "1",
+                        "outputs": [
+                            {
+                                "name": "logits",
+                                "datatype": "FP32",
+                                "shape": [1, 4],
+                                "data": [-0.27734375, 0.2470703125, 0.0302734375, 0.2666015625],
+                            }
+                        ],
+                    },
+                },
+                "infer, timeout is negative": says("parameter 'timeout' must be a whole number of microseconds"),
+                "infer, binary_data_output is text": says("parameter 'binary_data_output' must be true or false"),
+                "infer, binary_data is text": says("parameter 'binary_data' must be true or false"),
+            },
+        ),
+        **because(
+            RAW,
+            {
+                "raw, batch of 2": says("unexpected additional input data for model 'tiny'"),
+                "raw, too short": says(
+                    "unexpected size for input 'image', expecting 4 additional bytes for model 'tiny'"
+                ),
+                "raw, too long": says("unexpected additional input data for model 'tiny'"),
+            },
+        ),
+        **because(
+            "a raw request without a body is an error of its length, not of its tensor",
+            {"raw, empty": says("inference header size should be in range (0, 0), got: 0")},
+        ),
+        **because(
+            OTHER_CHECK,
+            {
+                "binary, no size": says("unexpected additional input data for model 'tiny'"),
+                "infer, zero inputs": says(
+                    "[request id: <id_unknown>] expected 1 inputs but got 0 inputs for model 'tiny'. Got input(s) [], but missing required input(s) ['image']. Please provide all required input(s)."
+                ),
+                "infer, the input twice": says(
+                    "[request id: <id_unknown>] expected 1 inputs but got 2 inputs for model 'tiny'. Got input(s) ['image', 'image'], but missing required input(s) ['image']. Please provide all required input(s)."
+                ),
+                "infer, no such type": says(
+                    "inference input 'image' data-type is 'FLOAT', but model 'tiny' expects 'FP32'"
+                ),
+                "infer, no dimensions": says(
+                    "unexpected shape for input 'image' for model 'tiny'. Expected [-1,3,8,8], got []"
+                ),
+                "infer, batch of 0": says(
+                    "unexpected shape for input 'image' for model 'tiny'. Expected [-1,3,8,8], got [0,3,8,8]"
+                ),
+                "infer, negative dimension": says(
+                    "unexpected shape for input 'image' for model 'tiny'. Expected [-1,3,8,8], got [-1,3,8,8]"
+                ),
+            },
+        ),
+        **because(
+            "the header must be a number, as HTTP has them: digits",
+            {"header length negative": says("Inference-Header-Content-Length must be a whole number of bytes")},
+        ),
+        **because(
+            "the header must be a number; Triton takes this for a raw request",
+            {"header length is no number": says("Inference-Header-Content-Length must be a whole number of bytes")},
+        ),
+        **because(
+            "Triton takes what it cannot unpack for an empty raw request",
+            {"gzip in, damaged": says("the request body is not gzip")},
+        ),
+        **because(
+            "415 is HTTP's own answer to an unknown Content-Encoding (RFC 9110, 15.5.16)",
+            {
+                "unknown compression in": {
+                    "status": 415,
+                    "headers": {"Content-Type": "application/json"},
+                    "json": {"error": "Content-Encoding 'br' is not supported; send gzip, deflate or none"},
+                }
+            },
+        ),
+        **because(
+            SMALL,
+            {
+                "gzip out": {"headers": {"Content-Type": "application/json"}},
+                "deflate out": {"headers": {"Content-Type": "application/json"}},
+                "gzip out, binary": {
+                    "headers": {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": "140"}
+                },
+                "several compressions out": {"headers": {"Content-Type": "application/json"}},
+            },
+        ),
+        **because(
+            "an empty body is no raw request unless the header says so",
+            {"infer, empty body": says("failed to parse the request JSON buffer: ...")},
+        ),
+        **because(
+            "the JSON parser has a limit of depth",
+            {"infer, JSON 2000 deep": says("failed to parse the request JSON buffer: ...")},
+        ),
+        **because(
+            "Triton lists a missing input that is none",
+            {
+                "infer, an input too many": says(
+                    "[request id: <id_unknown>] expected 1 inputs but got 2 inputs for model 'tiny'. Got input(s) ['image', 'other'], but missing required input(s) ['image']. Please provide all required input(s)."
+                )
+            },
+        ),
+        **because(
+            "FIX",
+            {
+                "infer, FP16 in JSON": says(
+                    "sending FP16 data via JSON is not supported. Please use the binary data format for input 'image'"
+                )
+            },
+        ),
+        **because(
+            FINITE,
+            {
+                "infer, NaN": says("failed to parse the request JSON buffer: ...", 400),
+                "infer, number beyond FP32": says("input 'image' for model 'tiny' holds NaN or infinite values", 400),
+                "infer, binary NaN": says("input 'image' for model 'tiny' holds NaN or infinite values", 400),
+            },
+        ),
+    },
+    "grpc": {},
+}
