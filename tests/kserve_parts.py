@@ -16,7 +16,7 @@ PROBE = {
     "initialDelaySeconds": int,
 }  # fmt: skip
 CONTAINER = {
-    "image": str, "command": [str], "args": [str],
+    "image": str, "command": [str], "args": [str], "env": [{"name!": str, "value": str}],
     "readinessProbe": PROBE, "livenessProbe": PROBE, "startupProbe": PROBE,
     "ports": [{"name!": {"http1", "h2c"}, "containerPort!": int, "protocol!": {"TCP"}}],
     "resources": {"requests": QUANTITIES, "limits": QUANTITIES},

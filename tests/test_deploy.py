@@ -415,6 +415,13 @@ def test_an_image_installs_the_server_and_not_torch(image, name):
 
 
 @pytest.mark.parametrize("name", DOCKERFILES)
+def test_onnx_runtime_tells_nobody_about_the_model(image, name):
+    steps = instructions(image / name)
+    last_stage = max(i for i, (kind, _) in enumerate(steps) if kind == "FROM")
+    assert any(kind == "ENV" and "ORT_DISABLE_TELEMETRY=1" in rest.split() for kind, rest in steps[last_stage:])
+
+
+@pytest.mark.parametrize("name", DOCKERFILES)
 def test_the_entry_is_a_command_line_that_the_server_understands(image, name, tmp_path, capsys):
     (entry,) = [rest for kind, rest in instructions(image / name) if kind == "ENTRYPOINT"]
     program, flag, module, *arguments = json.loads(entry)

@@ -210,6 +210,10 @@ def test_the_container_may_do_nothing_but_serve(out):
     assert f"\nUSER {security['runAsUser']}:{security['runAsGroup']}\n" in dockerfile.read_text()
 
 
+def test_onnx_runtime_tells_nobody_about_the_model(out):
+    assert {"name": "ORT_DISABLE_TELEMETRY", "value": "1"} in container_of(read(out / "runtime.yaml"))["env"]
+
+
 def test_memory_grows_with_the_model_and_holds_all_requests(tmp_path, monkeypatch):
     from mcruntime.deploy import kserve as module
 
