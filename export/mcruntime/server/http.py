@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
+from urllib.parse import unquote
 
 import httptools
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
@@ -63,10 +64,68 @@ class Refusal(Exception):
     """Raised inside the parser, which ends there."""
 
 
+class Cycle(RequestResponseCycle):
+    """One request and its answer: uvicorn's, but a body that came in one piece is not copied, and an answer that is
+    given as a whole is written at once."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.pieces: list[bytes] = []
+        self.held = 0  # bytes of them
+        self._start: Any = None
+
+    async def receive(self) -> Any:
+        if self.waiting_for_100_continue and not self.transport.is_closing():
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.waiting_for_100_continue = False
+        if self.more_body and not self.disconnected and not self.response_complete:
+            self.flow.resume_reading()
+            await self.message_event.wait()
+            self.message_event.clear()
+        if self.disconnected or self.response_complete:
+            return {"type": "http.disconnect"}
+        body = self.pieces[0] if len(self.pieces) == 1 else b"".join(self.pieces)
+        self.pieces, self.held = [], 0
+        return {"type": "http.request", "body": body, "more_body": self.more_body}
+
+    async def send(self, message: Any) -> None:
+        if message["type"] == "http.response.start":
+            self._start = message
+            return
+        if self._start is None or message.get("more_body") or self.scope["method"] == "HEAD":
+            if self._start is not None:
+                await super().send(self._start)
+                self._start = None
+            await super().send(message)
+            return
+        if self.flow.write_paused and not self.disconnected:
+            await self.flow.drain()
+        if not self.disconnected:
+            self._send_whole(self._start, message.get("body", b""))
+
+    def _send_whole(self, start: Any, body: bytes) -> None:
+        parts, says_so = [STATUS_LINE[start["status"]]], False
+        for name, value in (*self.default_headers, *start["headers"]):
+            parts += (name, b": ", value, b"\r\n")
+            if name == b"connection":
+                self.keep_alive, says_so = False, True
+        if not self.keep_alive and not says_so:
+            parts.append(b"connection: close\r\n")
+        parts += (b"\r\n", body)
+        self.response_started = self.response_complete = True
+        self.waiting_for_100_continue = False
+        self.transport.write(b"".join(parts))
+        self.message_event.set()
+        if not self.keep_alive:
+            self.transport.close()
+        self.on_response()
+
+
 class HttpProtocol(HttpToolsProtocol):
     """One connection."""
 
     limits = Limits()
+    cycle: Cycle
     on_refused: Callable[[int], None] = staticmethod(lambda status: None)
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -165,11 +224,40 @@ class HttpProtocol(HttpToolsProtocol):
         if is_upgrade and any(name in (b"content-length", b"transfer-encoding") for name, _ in self.headers):
             # The parser would take the body for the new protocol, and what follows for a request.
             self._reject(400, "a request with a body cannot be upgraded to another protocol")
-        super().on_headers_complete()
+        self._begin(keep_alive=not is_upgrade and self.parser.should_keep_alive())
         self._phase = BODY
         self._framed = self._body_bytes = self._pieces = 0
-        if is_upgrade:
-            self.cycle.keep_alive = False
+
+    def _begin(self, *, keep_alive: bool) -> None:
+        """Let the application answer the request whose header is complete, or note it after those before it."""
+        http_version = self.parser.get_http_version()
+        url = httptools.parse_url(self.url)
+        path = url.path.decode("ascii")
+        scope: Any = self.scope
+        scope["method"] = self.parser.get_method().decode("ascii")
+        scope["http_version"] = http_version
+        scope["path"] = unquote(path) if "%" in path else path
+        scope["raw_path"] = url.path
+        scope["query_string"] = url.query or b""
+        before = self.cycle
+        self.cycle = Cycle(
+            scope=scope,
+            transport=self.transport,
+            flow=self.flow,
+            logger=self.logger,
+            access_logger=self.access_logger,
+            access_log=False,
+            default_headers=self.server_state.default_headers,
+            message_event=asyncio.Event(),
+            expect_100_continue=self.expect_100_continue,
+            keep_alive=keep_alive and http_version != "1.0",
+            on_response=self.on_response_complete,
+        )
+        if before is None or before.response_complete:
+            self._start_asgi_task(self.cycle, self.app)
+        else:
+            self.flow.pause_reading()
+            self.pipeline.appendleft((self.cycle, self.app))
 
     def on_body(self, body: bytes) -> None:
         self._body_bytes += len(body)
@@ -177,8 +265,9 @@ class HttpProtocol(HttpToolsProtocol):
         cycle = self.cycle
         if cycle.response_complete:
             return
-        cycle.body += body
-        if len(cycle.body) > HIGH_WATER_LIMIT:
+        cycle.pieces.append(body)
+        cycle.held += len(body)
+        if cycle.held > HIGH_WATER_LIMIT:
             self.flow.pause_reading()
         cycle.message_event.set()
 
