@@ -32,6 +32,7 @@ from mcruntime.server.tensors import (
     images_from_bytes,
     pack_strings,
     quote,
+    refuse_shared_memory,
     timeout_of,
     top_k_of,
 )
@@ -167,7 +168,7 @@ def _wish(tree: dict[str, Any], parameters: dict[str, Any], spec: ModelSpec) -> 
         return Wish(binary)
     check_output(outputs[0].get("name"), spec)
     own = check_parameters(outputs[0])
-    _refuse_shared_memory(own)
+    refuse_shared_memory(own)
     top_k = top_k_of(own["classification"]) if "classification" in own else 0
     return Wish(_flag(own, "binary_data", binary), top_k)
 
@@ -177,11 +178,6 @@ def _flag(parameters: dict[str, Any], name: str, default: bool) -> bool:
     if not isinstance(value, bool):
         raise RequestError(f"parameter '{name}' must be true or false")
     return value
-
-
-def _refuse_shared_memory(parameters: dict[str, Any]) -> None:
-    if any(name.startswith("shared_memory") for name in parameters):
-        raise RequestError("shared memory is not supported; send the tensor with the request")
 
 
 def _objects(tree: dict[str, Any], key: str) -> list[dict[str, Any]]:
@@ -212,7 +208,7 @@ def check_parameters(tree: dict[str, Any]) -> dict[str, Any]:
 
 def _images(tensor: dict[str, Any], binary: memoryview, spec: ModelSpec, text: bytes | memoryview) -> Images:
     parameters = check_parameters(tensor)
-    _refuse_shared_memory(parameters)
+    refuse_shared_memory(parameters)
     shape = tensor.get("shape")
     if not isinstance(shape, list):
         raise RequestError("failed to parse the request JSON buffer: 'shape' must be an array of integers")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import importlib
 import logging
 import signal
 import socket
@@ -14,10 +15,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import uvicorn
 
-from mcruntime.errors import InputError, McdeployError
+from mcruntime.errors import InputError, McdeployError, MissingExtraError
 from mcruntime.server import logs, metrics, pages
 from mcruntime.server.app import App
 from mcruntime.server.auth import Keys
@@ -29,7 +31,14 @@ from mcruntime.server.shadow import open_shadows
 from mcruntime.server.tls import tls_context
 from mcruntime.server.tracing import open_tracing
 
+if TYPE_CHECKING:
+    from mcruntime.server.grpc_server import GrpcServer
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+GRPC_NEEDED = {
+    "grpc": "grpcio", "google.protobuf": "protobuf", "grpc_health.v1.health_pb2": "grpcio-health-checking",
+    "grpc_reflection.v1alpha.reflection": "grpcio-reflection",
+}  # fmt: skip
 logger = logging.getLogger("mcruntime.server")
 
 
@@ -40,6 +49,9 @@ def run(bundles: Sequence[Path | str], options: ServerOptions) -> None:
     with ExitStack() as stack:
         stack.enter_context(logs.to_stderr(options))
         listener = stack.enter_context(_bind(options.host, options.port))  # a port in use is known at once
+        if options.grpc_port is not None:
+            _require_grpc()
+            _bind(options.host, options.grpc_port).close()
         tls = tls_context(options)  # so is a key that does not fit its certificate
         observers, refusals = logs.observers(options)
         if options.otlp is not None:
@@ -96,6 +108,14 @@ def open_models(targets: Sequence[Target], options: ServerOptions) -> Models:
     return models
 
 
+def _require_grpc() -> None:
+    for module, package in GRPC_NEEDED.items():
+        try:
+            importlib.import_module(module)
+        except ImportError:
+            raise MissingExtraError("mcdeploy serve --grpc-port", package, "grpc") from None
+
+
 class DrainingServer(uvicorn.Server):
     """uvicorn that, told to stop, first answers 503 to new work until what is in flight is done, then closes."""
 
@@ -103,14 +123,15 @@ class DrainingServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app, lifespan="off", ws="none", log_level="warning", access_log=False, server_header=False,
-                timeout_graceful_shutdown=1, loop="uvloop", log_config=None,
+                timeout_graceful_shutdown=1, loop="uvloop", log_config=None, proxy_headers=False,
                 http=http_protocol(options, lambda status: app.answered.update([status])),
                 ssl_context_factory=None if tls is None else lambda config, default: tls,
             )
         )  # fmt: skip
         app.connections = lambda: len(self.server_state.connections)
         self._app = app
-        self._drain_s = options.drain_s
+        self._options = options
+        self.grpc: GrpcServer | None = None
         self._reloads: set[asyncio.Task[None]] = set()
         self.num_cut_off = 0
 
@@ -122,6 +143,15 @@ class DrainingServer(uvicorn.Server):
         loop = asyncio.get_running_loop()
         if hasattr(signal, "SIGHUP") and threading.current_thread() is threading.main_thread():
             loop.add_signal_handler(signal.SIGHUP, self._reload)
+        if self._options.grpc_port is not None:
+            from mcruntime.server import grpc_server
+
+            self.grpc = await grpc_server.start(self._app, self._options)
+        for sock in sockets or []:  # listens already; who reads this line finds both protocols there
+            host, port = sock.getsockname()[:2]
+            print(f"listening on {'https' if self.config.ssl else 'http'}://{_shown(host)}:{port}", flush=True)
+        if self.grpc is not None:
+            print(f"grpc on {_shown(self._options.host)}:{self.grpc.port}", flush=True)
         # As uvicorn's, but for the time a TLS handshake may take.
         self.servers = [
             await loop.create_server(
@@ -140,12 +170,14 @@ class DrainingServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         logger.info("stopping", extra={"fields": {"in_flight": self._app.in_flight}})
-        deadline = time.monotonic() + self._drain_s
+        deadline = time.monotonic() + self._options.drain_s
         while self._app.in_flight and time.monotonic() < deadline and not self.force_exit:
             await asyncio.sleep(0.02)
         self.num_cut_off = self._app.in_flight
         logger.info("drained", extra={"fields": {"cut_off": self.num_cut_off}})
         try:
+            if self.grpc is not None:
+                await self.grpc.stop()
             await super().shutdown(sockets)
         finally:
             self._sweeper.cancel()
@@ -164,13 +196,11 @@ class DrainingServer(uvicorn.Server):
 def _listen(listener: socket.socket, app: App, options: ServerOptions, tls: ssl.SSLContext | None) -> None:
     server = DrainingServer(app, options, tls)
     host, port = listener.getsockname()[:2]
-    scheme = "https" if tls else "http"
     with _signals_stop(server):
         try:
             listener.listen(2048)
         except OSError:
             raise _in_use(host, port) from None
-        print(f"listening on {scheme}://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
         server.run(sockets=[listener])
     if server.num_cut_off:
         raise McdeployError(
@@ -211,6 +241,10 @@ def _bind(host: str, port: int) -> socket.socket:
             f"{host}:{port}: cannot listen there ({error.strerror}); choose another --host or --port"
         ) from None
     return listener
+
+
+def _shown(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
 
 
 def _in_use(host: str, port: int) -> InputError:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,6 +133,19 @@ def check_output(name: Any, spec: ModelSpec) -> None:
         raise RequestError(f"unexpected inference output {quote(name)} for model '{spec.name}'")
 
 
+def refuse_shared_memory(parameters: Mapping[str, Any]) -> None:
+    """Refuse a tensor that is said to lie elsewhere.
+
+    Args:
+        parameters: of an input or a requested output.
+
+    Raises:
+        RequestError: 400.
+    """
+    if any(name.startswith("shared_memory") for name in parameters):
+        raise RequestError("shared memory is not supported; send the tensor with the request")
+
+
 def timeout_of(parameters: dict[str, Any]) -> float | None:
     """The request's own deadline in seconds, from ``timeout`` in microseconds; 0 and none mean the server's.
 
@@ -142,6 +155,7 @@ def timeout_of(parameters: dict[str, Any]) -> float | None:
     timeout = parameters.get("timeout", 0)
     if isinstance(timeout, str) and timeout.isascii() and timeout.isdecimal() and len(timeout) < 20:
         timeout = int(timeout)
+    timeout = as_whole(timeout)
     if type(timeout) is not int or not 0 <= timeout < 1 << 64:
         raise RequestError("parameter 'timeout' must be a whole number of microseconds")
     return timeout / 1e6 or None
@@ -153,9 +167,15 @@ def top_k_of(value: Any) -> int:
     Raises:
         RequestError: 400; not a whole number of at least 1.
     """
+    value = as_whole(value)
     if type(value) is not int or not 1 <= value < 1 << 31:
         raise RequestError("parameter 'classification' must be a whole number of at least 1")
     return value
+
+
+def as_whole(value: Any) -> Any:
+    """A whole number as an int, however it was written: to JSON 2.0 and 2 are the same. Anything else as it is."""
+    return int(value) if type(value) is float and value.is_integer() else value
 
 
 def classify(logits: Logits, k: int, labels: Sequence[str]) -> list[list[str]]:
