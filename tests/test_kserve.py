@@ -39,7 +39,7 @@ YAMLS = ("runtime.yaml", "standard/server.yaml", "standard/triton.yaml", "knativ
 
 @pytest.fixture
 def folder(tmp_path):
-    return write_bundle(tmp_path / "bundle")
+    return write_bundle(tmp_path / "bundle", name="Tiny.Net")
 
 
 @pytest.fixture
@@ -131,8 +131,8 @@ def test_each_service_reads_its_own_folder(out):
 
 def test_both_services_fit_into_one_namespace(out):
     for mode in ("standard", "knative"):
-        assert read(out / mode / "server.yaml")["metadata"]["name"] == "tiny"
-        assert read(out / mode / "triton.yaml")["metadata"]["name"] == "tiny-triton"
+        assert read(out / mode / "server.yaml")["metadata"]["name"] == "tiny-net"
+        assert read(out / mode / "triton.yaml")["metadata"]["name"] == "tiny-net-triton"
 
 
 # ----------------------------------------------------------------------------------------------------- the server in it
@@ -157,7 +157,7 @@ def test_the_server_understands_its_arguments_and_serves_what_is_mounted(out):
     assert (options.host, options.port, options.grpc_port) == ("0.0.0.0", 8080, 9000)
     model = open_model(parse_target(bundle), ServerOptions(threads=1, max_batch=2))
     model.close()
-    assert model.spec.name == "tiny"
+    assert model.spec.name == "tiny-net", "by the service's name, as KServe's own servers are"
     assert model.about["bundle"] == load_bundle(out / "storage/bundle").manifest.id
 
 
@@ -285,8 +285,8 @@ def test_an_engine_goes_to_triton_on_a_gpu_and_into_no_image(tmp_path):
 def test_without_an_image_only_tritons_part_is_written_and_said_so(folder, tmp_path):
     packaged = package_kserve(load_bundle(folder), tmp_path / "out", storage_uri=URI)
     assert set(files_in(tmp_path / "out")) == {
-        LIST, "README.md", "standard/triton.yaml", "knative/triton.yaml", "storage/triton/tiny/config.pbtxt",
-        "storage/triton/tiny/labels.txt", "storage/triton/tiny/1/model.onnx",
+        LIST, "README.md", "standard/triton.yaml", "knative/triton.yaml", "storage/triton/Tiny.Net/config.pbtxt",
+        "storage/triton/Tiny.Net/labels.txt", "storage/triton/Tiny.Net/1/model.onnx",
     }  # fmt: skip
     assert any("only Triton's part" in note for note in packaged.notes)
     assert "server" not in (tmp_path / "out/README.md").read_text().replace("kserve-tritonserver", "")
@@ -351,6 +351,8 @@ def test_names_that_are_fine_stay_and_long_ones_stay_apart():
     assert kubernetes_name("Tiny.Net_1") == "tiny-net-1"
     assert kubernetes_name("9lives") == "m-9lives"
     assert kubernetes_name("a" * 100) != kubernetes_name("a" * 101)
+    assert len(kubernetes_name("a" * 100)) <= LONGEST_NAME
+    assert len(kubernetes_name("9" * 100)) <= LONGEST_NAME
 
 
 @given(st.from_regex(r"\A(s3|pvc|hdfs)://.{1,60}\Z") | st.text(max_size=60))
@@ -424,3 +426,16 @@ def test_options_of_the_command_that_do_not_fit_are_refused(folder, tmp_path, mo
     assert mcdeploy(monkeypatch, "package", folder, *options, "--out", tmp_path / "out") == 2
     assert sentence in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_commands_on_the_page_of_the_path_have_options_that_exist():
+    import typer
+
+    commands = typer.main.get_command(cli.app).commands
+    page = (Path(__file__).parents[1] / "docs/serving_path.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
+    lines = [shlex.split(line) for block in blocks for line in block.splitlines() if line.startswith("mcdeploy ")]
+    assert len(lines) >= 6
+    for words in lines:
+        known = {option for parameter in commands[words[1]].params for option in parameter.opts}
+        assert {word for word in words if word.startswith("--")} <= known, words
