@@ -20,7 +20,7 @@ from typing import Any
 from mcruntime.cgroup import available_threads
 from mcruntime.server.auth import Keys
 from mcruntime.server.batcher import Answer
-from mcruntime.server.body import Budget, read_body
+from mcruntime.server.body import Budget, Lease, read_body
 from mcruntime.server.config import model_config
 from mcruntime.server.errors import NotFoundError, OverloadedError, RequestError, as_told
 from mcruntime.server.images import decode, name_classes, read_image
@@ -107,7 +107,7 @@ class App:
         request.id = self.id_of(headers)
         self.in_flight += is_work
         try:
-            with self.budget.lease() as lease:
+            with Lease(self.budget) as lease:
                 request.read = lambda: read_body(
                     receive,
                     headers,

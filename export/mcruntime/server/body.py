@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 from mcruntime.server.errors import OverloadedError, RequestError, TooLargeError
 
 Receive = Any
-ENCODINGS = {"gzip": 31, "x-gzip": 31, "deflate": 15}  # to zlib's window bits
+ENCODINGS = {b"gzip": 31, b"x-gzip": 31, b"deflate": 15}  # to zlib's window bits
 
 
 class Budget:
@@ -21,22 +19,21 @@ class Budget:
         self.max_bytes = max_bytes
         self.used = 0
 
-    @contextmanager
-    def lease(self) -> Iterator[Lease]:
-        """Bytes that are given back at the end."""
-        lease = Lease(self)
-        try:
-            yield lease
-        finally:
-            self.used -= lease.held
-
 
 class Lease:
-    """What one request holds of a budget."""
+    """What one request holds of a budget, given back at the end: ``with Lease(budget) as lease``."""
+
+    __slots__ = ("_budget", "held")
 
     def __init__(self, budget: Budget) -> None:
         self._budget = budget
         self.held = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._budget.used -= self.held
 
     def take(self, num_bytes: int) -> None:
         """Hold more.
@@ -60,60 +57,48 @@ async def read_body(
     Raises:
         RequestError: 400, 408, 413, 415 or 503, and what is wrong.
     """
-    encoding = headers.get(b"content-encoding", b"identity").decode("latin-1").strip().lower()
-    if encoding not in ("identity", "", *ENCODINGS):
-        raise RequestError(f"Content-Encoding '{encoding[:20]}' is not supported; send gzip, deflate or none", 415)
-    message = await receive()  # mostly all of it
-    body: bytes = message.get("body", b"")
-    if message["type"] == "http.disconnect":
-        raise RequestError("the request body did not arrive")
-    if message.get("more_body"):
-        body = await _read_rest(receive, body, lease, max_bytes, timeout_s)
-    else:
-        lease.take(len(body))
-    if len(body) > max_bytes:
-        raise _too_large(max_bytes)
-    return body if encoding in ("identity", "") else _unpack(body, encoding, lease, max_bytes)
-
-
-async def _read_rest(receive: Receive, first: bytes, lease: Lease, max_bytes: int, timeout_s: float) -> bytes:
-    chunks, num_bytes = [first], len(first)
-    lease.take(len(first))
+    encoding = b"identity"
+    if b"content-encoding" in headers:
+        encoding = headers[b"content-encoding"].strip().lower()
+        if encoding not in (b"identity", b"", *ENCODINGS):
+            name = encoding[:20].decode("latin-1")
+            raise RequestError(f"Content-Encoding '{name}' is not supported; send gzip, deflate or none", 415)
     try:
         async with asyncio.timeout(timeout_s):
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise RequestError("the request body did not arrive")
-                chunk = message.get("body", b"")
-                num_bytes += len(chunk)
-                if num_bytes <= max_bytes:
-                    lease.take(len(chunk))
-                    chunks.append(chunk)
-                elif num_bytes > 4 * max_bytes:
-                    break
-                if not message.get("more_body"):
-                    break
+            body = await _read_all(receive, lease, max_bytes)
     except TimeoutError:
         raise RequestError(f"the request body did not arrive within {timeout_s:.0f} s", 408) from None
+    return body if encoding in (b"identity", b"") else _unpack(body, encoding, lease, max_bytes)
+
+
+async def _read_all(receive: Receive, lease: Lease, max_bytes: int) -> bytes:
+    chunks: list[bytes] = []
+    num_bytes = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise RequestError("the request body did not arrive")
+        chunk = message.get("body", b"")
+        num_bytes += len(chunk)
+        if num_bytes <= max_bytes:
+            lease.take(len(chunk))
+            chunks.append(chunk)
+        if not message.get("more_body") or num_bytes > 4 * max_bytes:
+            break
     if num_bytes > max_bytes:
-        raise _too_large(max_bytes)
-    return b"".join(chunks)
+        raise TooLargeError(f"the request body is larger than {max_bytes} bytes; send a smaller batch")
+    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
-def _unpack(body: bytes, encoding: str, lease: Lease, max_bytes: int) -> bytes:
+def _unpack(body: bytes, encoding: bytes, lease: Lease, max_bytes: int) -> bytes:
     unpacker = zlib.decompressobj(ENCODINGS[encoding])
     try:
         whole = unpacker.decompress(body, max_bytes + 1)
     except zlib.error:
-        raise RequestError(f"the request body is not {encoding}") from None
+        raise RequestError(f"the request body is not {encoding.decode()}") from None
     if len(whole) > max_bytes:
         raise TooLargeError(f"the request body unpacks to more than {max_bytes} bytes; send a smaller batch")
     if not unpacker.eof or unpacker.unused_data:
-        raise RequestError(f"the request body is not one whole {encoding} stream")
+        raise RequestError(f"the request body is not one whole {encoding.decode()} stream")
     lease.take(len(whole))
     return whole
-
-
-def _too_large(max_bytes: int) -> TooLargeError:
-    return TooLargeError(f"the request body is larger than {max_bytes} bytes; send a smaller batch")
