@@ -16,7 +16,7 @@ from mcruntime.server.options import ServerOptions
 
 NEEDED = {
     "uvicorn": "uvicorn", "uvloop": "uvloop", "httptools": "httptools", "orjson": "orjson", "starlette": "starlette",
-    "python_multipart": "python-multipart",
+    "python_multipart": "python-multipart", "prometheus_client": "prometheus-client",
 }  # fmt: skip
 
 
