@@ -17,7 +17,8 @@ Right before and after each load, the raw loop is timed at batch 1 and 8: R1 and
 the mean of the two. The load generator shares the cores with the server. A sample during which other processes had
 more than 6 % of the cores never counts; it is taken again, after a wait for a quiet machine (--tries, --patience). Nor
 does one count with an answer that was not right. Servers take turns within each round; the figures are medians over
-the rounds. mcdeploy's server runs with an API key, its limits and its metrics on.
+the rounds. CPU is the processor time of a server for each request, over all cores.
+mcdeploy's server runs with an API key, its limits and its metrics on.
 """
 
 from __future__ import annotations
@@ -237,6 +238,8 @@ def _figures(before: RawPair, load: Load, after: RawPair) -> dict[str, Any]:
         "p50_us": load.p50_us,
         "p99_us": load.p99_us,
         "tail": load.p99_us / load.p50_us if load.p50_us else 0.0,
+        "cpu_us": load.cpu_us,
+        "raw1_cpu_us": (before.one.cpu_us + after.one.cpu_us) / 2,
         "added_p50_us": load.p50_us - (before.one.p50_us + after.one.p50_us) / 2,
         "errors": load.errors,
         "foreign": max(before.foreign, load.foreign, after.foreign),
@@ -260,12 +263,13 @@ def _line(sample: dict[str, Any]) -> str:
         f"{sample['round']} {sample['part']:8} {sample['server']:15} {sample['net']:15} {sample['way']:13} "
         f"c={sample['connections']:<2} {sample['requests_per_s']:7.0f}/s R1 {sample['r1']:.2f}{r8} "
         f"p50 {sample['p50_us'] / 1e3:.2f} ms p99 {sample['p99_us'] / 1e3:.2f} ms errors {sample['errors']} "
+        f"CPU {sample['cpu_us'] / 1e3:.2f} ms (raw1 {sample['raw1_cpu_us'] / 1e3:.2f}) "
         f"foreign {sample['foreign']:.1%}{note}"
     )
 
 
 Key = tuple[str, str, str, str, int]  # part, server, net, way, connections
-FIGURES = ("r1", "r8", "requests_per_s", "raw1", "raw8", "p50_us", "p99_us", "tail", "added_p50_us")
+FIGURES = ("r1", "r8", "requests_per_s", "raw1", "raw8", "p50_us", "p99_us", "tail", "added_p50_us", "cpu_us")
 
 
 def summarise(samples: Sequence[dict[str, Any]]) -> dict[Key, dict[str, float]]:
@@ -378,13 +382,26 @@ def show(run: Run, targets: Sequence[Target]) -> None:
     """Both tables."""
     console = Console(width=150 if not sys.stdout.isatty() else None)
     table = Table(title="Medians of the samples that count")
-    for column in ("part", "server", "net", "payload", "c", "req/s", "R1", "R8", "p50 ms", "p99 ms", "samples"):
+    for column in (
+        "part",
+        "server",
+        "net",
+        "payload",
+        "c",
+        "req/s",
+        "R1",
+        "R8",
+        "p50 ms",
+        "p99 ms",
+        "CPU ms",
+        "samples",
+    ):
         table.add_column(column)
     for (part, server, net, way, count), row in sorted(summarise(run.samples).items()):
         r8 = f"{row['r8']:.2f}" if "r8" in row else ""
         cells = (f"{row['requests_per_s']:.0f}", f"{row['r1']:.2f}", r8)
-        times = (f"{row['p50_us'] / 1e3:.2f}", f"{row['p99_us'] / 1e3:.2f}", str(row["samples"]))
-        table.add_row(part, server, net, way, str(count), *cells, *times)
+        times = [f"{row[name] / 1e3:.2f}" for name in ("p50_us", "p99_us", "cpu_us")]
+        table.add_row(part, server, net, way, str(count), *cells, *times, str(row["samples"]))
     console.print(table)
     table = Table(title="Targets")
     for column in ("what", "wanted", "measured", ""):

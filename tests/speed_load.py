@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ class Raw:
 
     images_per_s: float
     p50_us: float  # of one call
+    cpu_us: float  # processor time of an image, all cores together
     foreign: float
 
 
@@ -51,37 +53,49 @@ class Load:
     p99_us: float
     requests: int
     errors: int  # anything but a whole, right answer
+    cpu_us: float  # processor time that the server, all its processes, spent on a request
     foreign: float  # share of all cores that others used
 
 
+@dataclass(frozen=True)
+class CpuUse:
+    """Between two moments."""
+
+    foreign: float  # share of all cores, 0..1, of processes that this run did not start
+    own_s: float  # of this process, with its children that have ended
+    servers_s: float  # of the marked processes that live
+
+
 class CpuWatch:
-    """Which share of all cores was used by processes that this run did not start, between two moments."""
+    """Who uses the processors from now on.
+
+    Time in interrupts counts as a process's own, as Linux counts it unless built with CONFIG_IRQ_TIME_ACCOUNTING; where
+    it is, ``foreign`` says too much rather than too little. What the machine's host took away (steal) is foreign.
+    """
 
     def __init__(self, mark: str) -> None:
         self._mark = mark
         self._began = self._now()
 
-    def foreign(self) -> float:
-        """0..1; what the machine's host took away (steal) counts as foreign.
-
-        Time in interrupts counts as a process's own, as Linux counts it unless built with CONFIG_IRQ_TIME_ACCOUNTING;
-        where it is, this says too much rather than too little.
-        """
+    def read(self) -> CpuUse:
+        """Since the beginning."""
         began, ended = self._began, self._now()
-        wall, busy, own = (after - before for before, after in zip(began, ended, strict=True))
-        return max(0.0, (busy - own) / (wall * (os.cpu_count() or 1)))
+        wall, busy, own, servers = (after - before for before, after in zip(began, ended, strict=True))
+        return CpuUse(max(0.0, (busy - own - servers) / (wall * (os.cpu_count() or 1))), own, servers)
 
-    def _now(self) -> tuple[float, float, float]:
+    def _now(self) -> tuple[float, float, float, float]:
         total = psutil.cpu_times()
         busy = total.user + total.nice + total.system + total.irq + total.softirq + total.steal
-        own = 0.0
-        for process in [psutil.Process(), *marked(self._mark)]:
-            try:
-                times = process.cpu_times()
-            except psutil.Error:  # ended meanwhile
-                continue
-            own += times.user + times.system + times.children_user + times.children_system
-        return time.monotonic(), busy, own
+        servers = 0.0
+        for process in marked(self._mark):
+            with suppress(psutil.Error):  # ended meanwhile
+                servers += _seconds_of(process)
+        return time.monotonic(), busy, _seconds_of(psutil.Process()), servers
+
+
+def _seconds_of(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def wait_for_quiet(patience_s: float, mark: str) -> None:
@@ -90,7 +104,7 @@ def wait_for_quiet(patience_s: float, mark: str) -> None:
     while time.monotonic() < end:
         watch = CpuWatch(mark)
         time.sleep(1.0)
-        if watch.foreign() <= MAX_FOREIGN:
+        if watch.read().foreign <= MAX_FOREIGN:
             return
 
 
@@ -128,7 +142,8 @@ def loop(call: Callable[[], object], images: int, seconds: float, mark: str) -> 
         now = time.perf_counter()
         times.append(now - last)
         last = now
-    return Raw(len(times) * images / (last - began), statistics.median(times) * 1e6, watch.foreign())
+    use, done = watch.read(), len(times) * images
+    return Raw(done / (last - began), statistics.median(times) * 1e6, use.own_s / done * 1e6, use.foreign)
 
 
 def wrk(url: str, headers: Mapping[str, str], body: bytes, connections: int, seconds: float, mark: str) -> Load:
@@ -145,14 +160,15 @@ def wrk(url: str, headers: Mapping[str, str], body: bytes, connections: int, sec
         command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds:.0f}s", "--timeout", "10s", "-s", POST_LUA, url]
         watch = CpuWatch(mark)
         said = _run(command, mark, seconds, names)
-        foreign = watch.foreign()
+        use = watch.read()
     line = next((line for line in said.splitlines() if line.startswith("OUTCOME ")), None)
     if line is None:
         raise ToolFailed(f"wrk: {said.strip()[-300:]}")
     told: dict[str, Any] = json.loads(line.removeprefix("OUTCOME "))
     errors = told["bad_status"] + told["socket_errors"]
     rate = told["requests"] / told["seconds"]
-    return Load(rate, told["p50_us"], told["p99_us"], told["requests"], errors, foreign)
+    cpu_us = use.servers_s / max(1, told["requests"]) * 1e6
+    return Load(rate, told["p50_us"], told["p99_us"], told["requests"], errors, cpu_us, use.foreign)
 
 
 def h2load(
@@ -173,7 +189,7 @@ def h2load(
         command += [f"-H{name}: {value}" for name, value in headers.items()]
         watch = CpuWatch(mark)
         said = _run([*command, f"--log-file={log}", url], mark, seconds)
-        foreign = watch.foreign()
+        use = watch.read()
         rows = [line.split("\t") for line in log.read_text().splitlines()] if log.exists() else []
     counts = re.search(r"requests: (\d+) total.* (\d+) succeeded, (\d+) failed, (\d+) errored, (\d+) timeout", said)
     data = re.search(r"\((\d+)\) data", said)
@@ -184,7 +200,8 @@ def h2load(
     times = [int(row[2]) for row in rows if row[1] == "200"]
     wrong += missing + sum(row[1] != "200" for row in rows)
     p50, p99 = np.percentile(times, (50, 99)) if times else (0.0, 0.0)
-    return Load(succeeded / seconds, float(p50), float(p99), succeeded, wrong, foreign)
+    cpu_us = use.servers_s / max(1, succeeded) * 1e6
+    return Load(succeeded / seconds, float(p50), float(p99), succeeded, wrong, cpu_us, use.foreign)
 
 
 def _run(command: list[Any], mark: str, seconds: float, names: Mapping[str, str] | None = None) -> str:
