@@ -34,6 +34,9 @@ TRITON_RELEASE = "26.09-py3"
 LONGEST_NAME = 40  # with "-triton" and the "-predictor-00001" of KServe and Knative it stays within DNS's 63
 MIB = 1 << 20
 SERVER_BYTES = 256 * MIB  # of the server itself, without model and requests
+# Up to 16 bytes a pixel are held while an image is decoded (WebP; JPEG and PNG 8), and each core decodes one. The
+# server's own limit would ask for 2 GiB; this one takes what cameras make.
+MAX_PIXELS, BYTES_A_PIXEL, CORES = 25_000_000, 16, 2
 MODEL_COPIES = 4  # the file as it is read, the engine's own form of it, and what it computes with
 # One folder at a time can be fetched from these; oci:// and hf:// name one thing that has to be made elsewhere.
 STORAGE = re.compile(
@@ -172,6 +175,8 @@ def _runtime(bundle: Bundle, image: str) -> dict[str, Any]:
     tree["spec"]["supportedModelFormats"] = [_format(bundle) | {"autoSelect": True, "priority": 1}]
     (container,) = tree["spec"]["containers"]
     container["image"] = image
+    container["args"] += ["--max-pixels", str(MAX_PIXELS)]
+    container["resources"]["limits"]["cpu"] = str(CORES)
     if bundle.key != bundle.manifest.serve:
         container["args"][0] += f"@{bundle.key}"
     return tree
@@ -184,9 +189,10 @@ def _format(bundle: Bundle) -> dict[str, Any]:
 
 
 def _memory_mib(bundle: Bundle) -> int:
-    """What a pod of the server needs at most: itself, all the bodies it takes in, and the model; in steps of 256."""
+    """What a pod of the server needs at most: itself, all bodies and images that it takes in, the model; by 256."""
     weights = sum(bundle.manifest.files[name].bytes for name in (bundle.model.file, *external_data(bundle)))
-    total = SERVER_BYTES + ServerOptions().max_inflight_bytes + MODEL_COPIES * weights
+    requests = ServerOptions().max_inflight_bytes + CORES * MAX_PIXELS * BYTES_A_PIXEL
+    total = SERVER_BYTES + requests + MODEL_COPIES * weights
     return -(-total // (256 * MIB)) * 256
 
 
@@ -320,7 +326,8 @@ def _to_know(bundle: Bundle, service: str, image: str) -> list[str]:
         notes.insert(
             0,
             f"The mcdeploy server calls the model `{service}`, as KServe does: `/v2/models/{service}/infer` takes "
-            f"tensors, `/v2/models/{service}/predict` takes images as they are.",
+            f"tensors, `/v2/models/{service}/predict` takes images as they are, of {MAX_PIXELS // 1_000_000} million "
+            "pixels at most (`--max-pixels`, and the memory that it needs).",
         )
         notes.append(
             "Several bundles below one address: copy them to folders there, give the address as `storageUri` and put "
