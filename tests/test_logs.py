@@ -16,7 +16,7 @@ from mcruntime.server.options import ServerOptions
 from mcruntime.server.seen import Seen
 from mcruntime.server.web import Timing
 from tiny_onnx import some_images
-from tiny_server import app_of, call, client_of, infer_request, model_of
+from tiny_server import Gate, app_of, call, client_of, infer_request, model_of
 
 INFER = "/v2/models/tiny/infer"
 # Line ends of every kind, terminal sequences, also of one byte, backspace, DEL, text direction, a lone surrogate.
@@ -185,6 +185,28 @@ def test_a_path_with_line_breaks_is_escaped_on_its_whole_way_through_the_server(
 def test_an_id_that_could_not_stand_in_a_log_is_replaced():
     text = serve_some(("GET", "/v2", {"headers": {"x-request-id": "a b;c"}}), access_log=True, log_json=True)
     assert re.fullmatch(r"[0-9a-f]{20}", json.loads(text)["request_id"])
+
+
+def test_a_client_that_hangs_up_is_logged_and_counted():
+    gate = Gate()
+
+    async def main(app):
+        async with client_of(app) as client:
+            task = asyncio.create_task(client.post(INFER, json=infer_request()))
+            await asyncio.to_thread(gate.entered.acquire, timeout=20)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        gate.open()
+
+    stream = io.StringIO()
+    observers, refusals = logs.observers(ServerOptions())
+    options = ServerOptions(log_json=True)
+    with to_stderr(options, stream), app_of(model_of(gate), observers=observers, refusals=refusals) as app:
+        asyncio.run(main(app))
+        assert app.answered == {499: 1}
+    tree = json.loads(stream.getvalue())
+    assert (tree["status"], tree["model"], tree["error"]) == (499, "tiny", "the client hung up")
 
 
 def test_long_paths_are_cut():

@@ -119,9 +119,9 @@ def test_what_waits_is_seen_while_it_waits_and_what_is_refused_is_counted():
     assert value(samples, "mcdeploy_max_pending_requests") == 1
     assert value(samples, "mcdeploy_requests_total", outcome="rejected") == 1
     assert value(samples, "nv_inference_request_failure", reason="REJECTED") == 1
-    assert value(samples, "mcdeploy_http_requests_in_flight", model=None, version=None) == 2
+    assert value(samples, "mcdeploy_requests_in_flight", model=None, version=None) == 2
     assert value(later, "mcdeploy_pending_requests") == 0
-    assert value(later, "mcdeploy_http_requests_in_flight", model=None, version=None) == 0
+    assert value(later, "mcdeploy_requests_in_flight", model=None, version=None) == 0
 
 
 def test_a_client_that_goes_away_is_counted():
@@ -245,6 +245,15 @@ def test_metrics_need_a_key_where_there_are_keys(tmp_path):
         assert call(app, "GET", "/metrics").status_code == 401
         allowed = {"authorization": "Bearer 0123456789abcdef"}
         assert call(app, "GET", "/metrics", headers=allowed).status_code == 200
+
+
+def test_grpc_answers_are_counted_by_their_code():
+    with app_of(model_of(), routes=metrics.routes) as app:
+        app.grpc_answered.update({200: 3, 404: 2, 500: 1, 418: 1})
+        samples = samples_of(app)
+    got = {code: value(samples, "mcdeploy_grpc_responses_total", model=None, version=None, code=code) for code in
+           ("OK", "NOT_FOUND", "INTERNAL")}  # fmt: skip
+    assert got == {"OK": 3, "NOT_FOUND": 2, "INTERNAL": 2}
 
 
 def test_open_connections_are_told_where_the_server_knows_them():

@@ -46,6 +46,7 @@ MODEL = r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[0-9]+))?"
 REPOSITORY = r"/v2/repository(?:/[^/]+)?"
 COMPRESS_FROM = 512  # bytes of an answer
 COMPRESSORS = {"gzip": 31, "deflate": 15}
+HUNG_UP = 499  # no status of HTTP's, but what logs and dashboards call it
 
 
 class App:
@@ -60,8 +61,9 @@ class App:
 
     Attributes:
         draining: set it to answer 503 to readiness probes and new work, while what is in flight is finished.
-        in_flight: POST requests that have no answer yet.
-        answered: HTTP answers by status.
+        in_flight: POST requests, and gRPC calls to infer or load, that have no answer yet.
+        answered: HTTP answers by status; ``HUNG_UP``: the client was gone before its answer.
+        grpc_answered: the same of gRPC, in HTTP's statuses.
         is_locked: whether an API key is asked for.
         budget: of the bytes of all request bodies, also gRPC's.
     """
@@ -82,6 +84,7 @@ class App:
         self.draining = False
         self.in_flight = 0
         self.answered: Counter[int] = Counter()
+        self.grpc_answered: Counter[int] = Counter()
         self.started = time.time()
         self.mirror: Callable[[Model, Images, Answer], None] | None = None
         self.is_locked = keys is not None
@@ -119,11 +122,12 @@ class App:
             if self.draining:
                 response.headers = (*response.headers, ("connection", "close"))
             await _send(response, request, send)
+        except asyncio.CancelledError:
+            self._finished(scope, request, Response(status=HUNG_UP, error="the client hung up"), began)
+            raise
         finally:
             self.in_flight -= is_work
-        self.answered[response.status] += 1
-        if self.is_observed(response.status):
-            self._tell(scope, request, response, time.perf_counter() - began)
+        self._finished(scope, request, response, began)
 
     def serves(self, path: str) -> bool:
         """Whether there is anything at a path."""
@@ -372,7 +376,11 @@ class App:
             for observer in self._refusals:
                 observer(seen)
 
-    def _tell(self, scope: Any, request: Request, response: Response, seconds: float) -> None:
+    def _finished(self, scope: Any, request: Request, response: Response, began: float) -> None:
+        self.answered[response.status] += 1
+        if not self.is_observed(response.status):
+            return
+        seconds = time.perf_counter() - began
         seen = Seen(
             protocol="http",
             method=request.method,

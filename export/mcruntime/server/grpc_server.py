@@ -29,6 +29,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 from mcruntime.errors import InputError
 from mcruntime.server import oip
 from mcruntime.server.app import EXTENSIONS, VERSION, App, refuse_control, refuse_load_parameters
+from mcruntime.server.body import Lease
 from mcruntime.server.config import model_config
 from mcruntime.server.errors import NotFoundError, OverloadedError, RequestError, UnavailableError, as_told
 from mcruntime.server.grpc_protocol import format_infer, parse_infer, read_message
@@ -221,7 +222,7 @@ class _Service:
         is_work = call.path in WORK
         self._app.in_flight += is_work
         try:
-            with self._app.budget.lease() as lease:
+            with Lease(self._app.budget) as lease:
                 lease.take(len(data))
                 answer = await handle(read_message(self._messages[name][0], data), call)
             packed: bytes = answer.SerializeToString()
@@ -270,7 +271,7 @@ class _Service:
         try:
             if self._app.draining:
                 raise UnavailableError("the server is shutting down")
-            with self._app.budget.lease() as lease:
+            with Lease(self._app.budget) as lease:
                 lease.take(len(data))
                 message = read_message(request_class, data)
                 answer = answer_class(infer_response=await self._infer(message, call))
@@ -447,6 +448,7 @@ async def _abort(app: App, call: Request, context: Any, error: Exception, began:
 
 
 def _observe(app: App, call: Request, context: Any, status: int, error: str, began: float) -> None:
+    app.grpc_answered[status] += 1
     if not app.is_observed(status):
         return
     seconds = time.perf_counter() - began

@@ -11,6 +11,7 @@ import gzip
 import itertools
 import os
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -29,6 +30,7 @@ from prometheus_client.registry import Collector
 from mcruntime.server.models import Model
 from mcruntime.server.shadow import DIFFERENCE_BOUNDS, Shadow, Shadows
 from mcruntime.server.statistics import BOUNDS_S, Histogram, Statistics
+from mcruntime.server.tracing import GRPC_CODES
 from mcruntime.server.web import Request, Response, Route
 
 if TYPE_CHECKING:
@@ -101,8 +103,15 @@ class ServerCollector(Collector):
         for status, count in sorted(app.answered.items()):
             answers.add_metric([str(status)], count)
         yield answers
+        calls = CounterMetricFamily("mcdeploy_grpc_responses", "gRPC answers by code", labels=["code"])
+        codes: Counter[str] = Counter()
+        for status, count in app.grpc_answered.items():
+            codes[GRPC_CODES.get(status, "INTERNAL")] += count
+        for code, count in sorted(codes.items()):
+            calls.add_metric([code], count)
+        yield calls
         yield GaugeMetricFamily(
-            "mcdeploy_http_requests_in_flight", "POST requests without an answer yet", app.in_flight
+            "mcdeploy_requests_in_flight", "POST requests and gRPC work without an answer yet", app.in_flight
         )
         yield GaugeMetricFamily("mcdeploy_draining", "1 while the server is being stopped", int(app.draining))
         if app.connections is not None:
