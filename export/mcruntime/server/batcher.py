@@ -18,13 +18,15 @@ Invariants, each held by a property test (tests/test_batcher.py):
 9.  Cancelled is gone: a cancelled request is delivered nothing, and is never run if it was still waiting.
 10. Closing loses nothing: what was accepted before ``close`` is answered; afterwards ``submit`` raises Closed.
 
-No asyncio and no model in here. ``deliver`` is called in a worker's thread (or in the caller's of ``expire``), outside
+No asyncio and no model in here. The answers are views of what ``infer`` returned, which it must not write to again.
+``deliver`` is called in a worker's thread (or in the caller's of ``expire``), outside
 the lock, and must be quick and not raise.
 """
 
 # B = batch, C = channels, H/W = height/width, N = classes.
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from bisect import bisect_left
@@ -40,6 +42,7 @@ from mcruntime.server.errors import DeadlineError, OverloadedError
 
 Images = NDArray[np.float32]
 Logits = NDArray[np.float32]
+logger = logging.getLogger("mcruntime.server")
 MAX_QUEUED_BYTES = 512 << 20  # of images that wait, all requests of a model together
 
 
@@ -128,6 +131,7 @@ class Batcher:
         self._running: set[Ticket] = set()
         self._idle = 0
         self._closed = False
+        self._local = threading.local()  # one buffer a worker
         self._changed = threading.Condition(threading.Lock())
         self._threads = [threading.Thread(target=self._work, name=f"infer-{i}", daemon=True) for i in range(workers)]
         for thread in self._threads:
@@ -205,17 +209,15 @@ class Batcher:
         return not any(thread.is_alive() for thread in self._threads)
 
     def _work(self) -> None:
-        buffer: Images | None = None
         while True:
             batch, late, more = self._take()
             for ticket in late:
                 ticket.deliver(DeadlineError())
             if batch:
-                if len(batch) > 1 and buffer is None:
-                    buffer = np.empty((max([self.max_batch, *self._buckets]), *batch[0].images.shape[1:]), np.float32)
-                self._run(batch, buffer)
+                self._run(batch)
             elif not more:
                 return
+            del batch, late  # an idle worker holds nobody's images
 
     def _take(self) -> tuple[list[Ticket], list[Ticket], bool]:
         """The next batch, oldest first; those found too late on the way; False: closed, and nothing is left."""
@@ -256,48 +258,61 @@ class Batcher:
         self._running.update(batch)
         return batch, late
 
-    def _run(self, batch: list[Ticket], buffer: Images | None) -> None:
-        taken = time.monotonic()
+    def _run(self, batch: list[Ticket]) -> None:
+        """Run a batch and deliver. Whatever goes wrong is its requests' outcome: a worker that dies would lose all that
+        wait."""
+        taken = started = time.monotonic()
         sizes = [len(ticket.images) for ticket in batch]
-        images_BCHW = self._filled(batch, sum(sizes), buffer)
-        started = time.monotonic()
-        logits_BN, error = self._try(images_BCHW)
+        logits_BN: Logits | None = None
+        failure: Exception | None = None
+        try:
+            images_BCHW = self._filled(batch, sum(sizes))
+            started = time.monotonic()
+            logits_BN = self._infer(images_BCHW)
+            if len(logits_BN) != len(images_BCHW):
+                raise RuntimeError(f"{len(logits_BN)} answers to {len(images_BCHW)} images")
+        except Exception as error:
+            failure = error
         ended = time.monotonic()
-        if error is not None and len(batch) > 1:
+        if failure is not None and len(batch) > 1:
             for ticket in batch:
                 if ticket.state is State.TAKEN:
-                    self._run([ticket], buffer)
+                    self._run([ticket])
+            with self._changed:  # those that were cancelled or expired meanwhile
+                self._running.difference_update(batch)
             return
         queue_s = [taken - ticket.arrived for ticket in batch]
         outcomes: list[Outcome] = []
         first = 0
         for size, waited in zip(sizes, queue_s, strict=True):
-            if logits_BN is None:
-                outcomes.append(error or RuntimeError("no answer"))
+            if failure is not None or logits_BN is None:
+                outcomes.append(failure or RuntimeError("no answer"))
             else:
                 outcomes.append(Answer(logits_BN[first : first + size], waited, ended - started, sum(sizes), ended))
             first += size
         # Before anyone is answered: who then asks for the statistics finds itself in them.
-        self._on_run(
-            Ran(sum(sizes), queue_s, started - taken, ended - started, time.monotonic() - ended, error is not None)
+        self._tell(
+            Ran(sum(sizes), queue_s, started - taken, ended - started, time.monotonic() - ended, failure is not None)
         )
         self._finish(batch, outcomes)
 
-    def _try(self, images_BCHW: Images) -> tuple[Logits | None, Exception | None]:
-        """Whatever goes wrong is the requests' outcome: a worker that dies would lose all that wait."""
+    def _tell(self, ran: Ran) -> None:
         try:
-            return self._infer(images_BCHW), None
-        except Exception as error:
-            return None, error
+            self._on_run(ran)
+        except Exception:
+            logger.exception("an inference was not counted")
 
-    def _filled(self, batch: list[Ticket], images: int, buffer: Images | None) -> Images:
-        """One array for the batch: the request's own if it is alone and of a size that is run."""
+    def _filled(self, batch: list[Ticket], images: int) -> Images:
+        """One array for the batch: the request's own if it is alone and of a size that is run, else this worker's
+        buffer."""
         place = bisect_left(self._buckets, images)
         size = self._buckets[place] if place < len(self._buckets) else images
         if len(batch) == 1 and size == images:
             return batch[0].images
+        buffer: Images | None = getattr(self._local, "buffer", None)
         if buffer is None or size > len(buffer):
-            buffer = np.empty((size, *batch[0].images.shape[1:]), np.float32)
+            largest = max([size, self.max_batch, *self._buckets])
+            self._local.buffer = buffer = np.empty((largest, *batch[0].images.shape[1:]), np.float32)
         first = 0
         for ticket in batch:
             buffer[first : first + len(ticket.images)] = ticket.images
