@@ -562,6 +562,7 @@ def _prune_export(
         from mcdeploy.data import plain_training_images
         from mcdeploy.package import Origin
         from mcdeploy.package import prune_export as make_bundle
+        from mcdeploy.wiring_file import last_gates
     config = _export_config(recipe.export, changes)
     if config.licence_weights is None:
         config = config.model_copy(update={"licence_weights": _licence_of(recipe.model)})
@@ -603,6 +604,8 @@ def _prune_export(
                 },
                 seeds={"train": recipe.seed},
                 recipe=header["recipe"],
+                candidates=header["candidates"],
+                gates={} if dynamic else last_gates(run / "metrics.jsonl"),
             ),
             calibration=calibration,
             program=run / PROGRAM,

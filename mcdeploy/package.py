@@ -38,6 +38,7 @@ from mcdeploy.errors import AccuracyError, BundleError, DataError, ParityError
 from mcdeploy.forms import Form, Hops, as_arrays, make_forms
 from mcdeploy.recipe import ExportConfig
 from mcdeploy.verify import Agreement, Images, Parity, agree_all
+from mcdeploy.wiring_file import write_wiring
 
 SELFTEST_IMAGES = 7
 DEPARTURE = ".departure.json"  # left beside the bundle, after its name, when a hop fails: all that was compared
@@ -70,6 +71,8 @@ class Origin:
     parents: Mapping[str, str]  # name to sha256
     seeds: Mapping[str, int]
     recipe: Mapping[str, Any] = field(default_factory=dict)  # whole, as plain data
+    candidates: Mapping[str, Any] | None = None  # what each block could have read, as ``Topology.to_json``
+    gates: Mapping[str, Any] = field(default_factory=dict)  # learned, by stage one list a block
 
 
 def prune_export(
@@ -144,6 +147,16 @@ def prune_export(
             _check_floor(key, agreement, config, is_calibrated=certificate.calibration is not None)
         latency = _measure(forms, images, config.batch)
         (part / CERTIFICATE).write_text(json.dumps(certificate.to_json(), indent=2))
+        write_wiring(
+            part,
+            small,
+            certificate.topology,
+            val,
+            example=example,
+            opset=config.opset,
+            candidates=origin.candidates,
+            gates=origin.gates,
+        )
         np.savez(part / "selftest.npz", images=images, logits=logits)
         serve = next(iter(forms))
         models = {

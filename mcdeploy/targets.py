@@ -55,6 +55,7 @@ from mcdeploy.evaluate import Accuracy, evaluate
 from mcdeploy.gpu_state import GpuWatch
 from mcdeploy.memory import peak_activation_bytes
 from mcdeploy.profile import Profile, check_profiled, profile_module, profile_onnx, profile_openvino
+from mcdeploy.wiring_file import last_gates
 
 Backend = Literal[
     "onnx", "openvino", "pytorch", "compiled", "onnx-cuda", "onnx-tensorrt", "tensorrt", "pytorch-cuda", "compiled-cuda"
@@ -678,11 +679,7 @@ def _learned(target: Target, model: nn.Module) -> tuple[Topology | None, EdgeVal
     if not (run / FILE_NAME).exists():
         return candidates_of(model), gate_values_of(candidates_of(model), gate_values(model))
     candidates = Topology.from_json(load_checkpoint(run).header["candidates"])
-    gates: dict[str, list[list[float]]] = {}
-    if (run / "metrics.jsonl").exists():
-        for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-            gates = json.loads(line).get("gates") or gates
-    return candidates, gate_values_of(candidates, gates)
+    return candidates, gate_values_of(candidates, last_gates(run / "metrics.jsonl"))
 
 
 def _channels_read(model: CellNet) -> EdgeValues:

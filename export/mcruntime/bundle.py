@@ -5,6 +5,7 @@
     model.onnx          the model; model.fp16.onnx, model.int8.onnx, ... where other forms were asked for
     certificate.json    the proof that compiling kept the function
     selftest.npz        images [N, C, H, W] and the trained model's logits [N, num_classes], both float32
+    wiring.json         optional: what the blocks could have read, for drawings; wiring.onnx: the edges an image opens
     ...                 reports
 
 The promise: loading, checking and serving a bundle runs no code from it. There is no pickle in it (an .npz is read with
@@ -40,6 +41,8 @@ from mcruntime.manifest import SCHEMA_VERSION, FileFact, Manifest, ModelFile
 MANIFEST = "manifest.json"
 SIGNATURE = "manifest.sig"
 CERTIFICATE = "certificate.json"
+WIRING = "wiring.json"  # what prune-export knows of the wiring beyond the certificate
+WIRING_MODEL = "wiring.onnx"  # images to the weights of their edges, where these depend on the image
 # Data only. A .pt2 or .pt holds pickles and compiled code, so it stays out.
 SUFFIXES = (".onnx", ".data", ".json", ".npz", ".html", ".svg", ".png", ".md", ".txt")
 ENGINE = ".plan"

@@ -36,7 +36,13 @@ NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"  # what torch.export cal
 
 
 def export_onnx(
-    model: nn.Module, path: Path | str, example: Tensor, *, opset: int = 20, dynamic: Literal["if", "masked"] = "if"
+    model: nn.Module,
+    path: Path | str,
+    example: Tensor,
+    *,
+    opset: int = 20,
+    dynamic: Literal["if", "masked"] = "if",
+    output: str = OUTPUT,
 ) -> None:
     """Export with ``torch.onnx.export(dynamo=True)``: dynamic batch, checked, the same bytes for the same model.
 
@@ -48,6 +54,7 @@ def export_onnx(
         opset: 18 to 23; what comes out is read back and must be the same.
         dynamic: for per-image wirings: an ONNX ``If`` around every node that some image does not need, or every node
             computed for every image and multiplied by 0.
+        output: what the file calls the model's output.
 
     Raises:
         BackendError: the exporter failed, the opset or the dynamic batch is not what was asked for, or the ONNX checker
@@ -65,7 +72,7 @@ def export_onnx(
                 opset_version=opset,
                 dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
                 input_names=[INPUT],
-                output_names=[OUTPUT],
+                output_names=[output],
                 verbose=False,
             )
             assert program is not None  # it is only for dynamo=False

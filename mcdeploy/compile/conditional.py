@@ -31,7 +31,7 @@ def export_form(model: nn.Module, *, skip: bool) -> nn.Module:
     Args:
         skip: wrap every node that some image does not need in ``torch.cond``, which ONNX calls ``If``.
     """
-    if not dynamic_stages(model):
+    if isinstance(model, WiringForm) or not dynamic_stages(model):
         return model
     form = copy.deepcopy(model)
     for name, stage in dynamic_stages(form).items():
@@ -40,6 +40,27 @@ def export_form(model: nn.Module, *, skip: bool) -> nn.Module:
         else:  # a node's own feature decides, so there is nothing to route at once
             stage.conditional = skip
     return form
+
+
+class WiringForm(nn.Module):
+    """A model with dynamic stages, as a function from images to the weights of their edges; for export.
+
+    Args:
+        model: stays as it is.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = copy.deepcopy(model)
+        for stage in dynamic_stages(self.model).values():
+            stage.tells = True
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: images [B, C, H, W]; returns [B, E], 0 where an edge is closed, stage after stage in their own order."""
+        self.model(x)
+        stages = dynamic_stages(self.model).values()
+        return torch.cat([stage.last.weights[stage.index] for stage in stages], 1)
 
 
 class ExportedStage(nn.Module):

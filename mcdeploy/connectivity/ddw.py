@@ -206,6 +206,7 @@ class DynamicStage(WiredModule):
         self.sources = tuple(tuple(i for i, j in self.edges if j == node) for node in range(len(blocks) + 2))
         self.known_at_start = set(self.routed) <= {0}
         self.conditional = False  # whether torch.export wraps the nodes that are not in ``always`` in torch.cond
+        self.tells = False  # whether an export, too, leaves behind how an image was wired
         self.always = _always_executed(len(blocks) + 1, self.edges, required)
         self.register_buffer("tau", torch.tensor(config.tau), persistent=False)
         self.register_buffer(
@@ -333,7 +334,7 @@ class DynamicStage(WiredModule):
         return not self.training and not torch.compiler.is_compiling() and not bool(wanted.any())
 
     def _remember(self, routing: Routing) -> None:
-        if torch.compiler.is_exporting():
+        if torch.compiler.is_exporting() and not self.tells:
             return
         nodes = [j for j in range(1, len(self.sources)) if self.sources[j]]
         open_BE = torch.cat([routing.open[j] & routing.executed[j] for j in nodes], 1)

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mcruntime.bundle import CERTIFICATE, read_manifest
+from mcruntime.bundle import CERTIFICATE, WIRING, read_manifest
 from mcruntime.errors import BundleError
 from mcruntime.manifest import Manifest
 from mcruntime.server.models import Model
 
-WIRING = "wiring.json"  # what prune-export knows of the wiring beyond the certificate
-WIRING_MODEL = "wiring.onnx"  # images to the weights of their edges, where these depend on the image
 MACHINE = ("cpu", "gpu", "cores usable")  # of what a bench says of its machine
 Place = tuple[int, int]  # stage, node; node 0 is what the stage receives, node i its i-th block
 

@@ -15,11 +15,12 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from mcruntime.preprocess import Preprocessing, open_image, prepare
 from mcruntime.server.errors import RequestError
 from mcruntime.server.protocol import load_json
-from mcruntime.server.tensors import Images, Logits
+from mcruntime.server.tensors import Images, Logits, as_whole
 from mcruntime.server.web import Request
 
 TOP = 5
 FIELDS = ("file", "image")  # of a form
+MOST_FIELDS = 100  # of a form; those that mean nothing here are passed over
 
 
 async def read_image(request: Request) -> tuple[bytes, int]:
@@ -33,7 +34,8 @@ async def read_image(request: Request) -> tuple[bytes, int]:
     """
     body = await request.read()
     kind = request.header("content-type").partition(";")[0].strip().lower()
-    top: Any = request.query.get("top", TOP)
+    asked = request.query("top")
+    top: Any = TOP if asked is None else _read_top(asked)  # checked even where the body says another number
     if kind == "multipart/form-data":
         image, top = await _from_form(request, body, top)
     elif kind == "application/json":
@@ -65,7 +67,7 @@ async def _from_form(request: Request, body: bytes, top: Any) -> tuple[bytes, An
         yield body
 
     headers = Headers(raw=list(request.headers.items()))
-    parser = MultiPartParser(headers, chunks(), max_files=1, max_fields=8, max_part_size=len(body) + 1)
+    parser = MultiPartParser(headers, chunks(), max_files=1, max_fields=MOST_FIELDS, max_part_size=len(body) + 1)
     parser.spool_max_size = len(body) + 1  # nothing is written to disk
     try:
         form = await parser.parse()
@@ -100,6 +102,7 @@ def _from_json(body: bytes, top: Any) -> tuple[bytes, Any]:
 def _read_top(top: Any) -> int:
     if isinstance(top, str) and top.isascii() and top.isdecimal() and len(top) < 10:
         top = int(top)
+    top = as_whole(top)
     if type(top) is not int or top < 1:
         raise RequestError("'top' must be a whole number of at least 1")
     return top

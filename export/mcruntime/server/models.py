@@ -17,7 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from mcruntime.errors import McdeployError
+import numpy as np
+
+from mcruntime.errors import McdeployError, ParityError
 from mcruntime.preprocess import Preprocessing
 from mcruntime.server.batcher import Answer, Batcher, Closed, Outcome, Ran
 from mcruntime.server.errors import NotFoundError, OverloadedError, RequestError, UnavailableError
@@ -25,6 +27,7 @@ from mcruntime.server.statistics import Statistics
 from mcruntime.server.tensors import Images, Logits, ModelSpec
 
 UNLOADED = "unloaded"  # why a version is not there: a client said so
+LARGEST_PIXEL = 1e4  # of a normalised image, by far; a model that overflows below it is at fault itself
 TICK_S = 0.02  # how often deadlines are looked at, while there are requests
 logger = logging.getLogger("mcruntime.server")
 T = TypeVar("T")
@@ -71,6 +74,7 @@ class Model:
         Raises:
             OverloadedError, DeadlineError: the queue is full; not done in time.
             Closed: the model was unloaded meanwhile; another version may be there.
+            RequestError: the input is finite, but so large that the output is not.
             McdeployError: the engine failed.
         """
         loop = asyncio.get_running_loop()
@@ -88,6 +92,12 @@ class Model:
             loop.call_later(TICK_S, self._tick, loop)
         try:
             return await future
+        except ParityError:  # logits that are not finite
+            if float(np.abs(images).max()) <= LARGEST_PIXEL:
+                raise
+            raise RequestError(
+                f"the answer of '{self.spec.name}' is NaN or infinite, since numbers of its input are far too large"
+            ) from None
         except asyncio.CancelledError:
             if self.batcher.cancel(ticket):
                 self.statistics.failed("canceled")

@@ -215,7 +215,7 @@ def _model_paths(specs: list[ModelSpec]) -> Tree:
 def _ready(names: tuple[str, ...]) -> Tree:
     ready = _answer("It is.", _object({"name": _TEXT, "ready": {"const": True}}))
     draining = _answer("The server is shutting down.", _object({"name": _TEXT, "ready": {"const": False}}))
-    operation = _operation("Models", "Whether it takes requests", ready, 400, parameters=names)
+    operation = _operation("Models", "Whether it takes requests", ready, 400, 404, parameters=names)
     operation["responses"]["503"] = draining
     return operation
 
@@ -257,7 +257,7 @@ def _repository() -> Tree:
 def _image_body() -> Tree:
     """The three ways to send an image."""
     image = {"type": "string", "format": "binary"}
-    top = {"anyOf": [{"type": "integer", "minimum": 1, "maximum": 1 << 53}, _ref("schemas", "Digits")]}
+    top = {"anyOf": [{"type": "integer", "minimum": 1}, _ref("schemas", "Digits")]}
     encoded = {
         "type": "string",
         "format": "base64-image",
@@ -433,7 +433,7 @@ def _parameters(specs: list[ModelSpec]) -> Tree:
     }
 
 
-# ----------------------------------------------------------------------------------------------------------- the answers
+# --------------------------------------------------------------------------------------------------------- the answers
 
 
 def _schemas() -> Tree:

@@ -6,11 +6,13 @@ import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import parse_qs
+from urllib.parse import parse_qsl
 
+from mcruntime.server.errors import RequestError
 from mcruntime.server.protocol import dump
 
 JSON = "application/json"
+MOST_PARAMETERS = 32  # of a query
 
 
 @dataclass(slots=True)
@@ -51,11 +53,22 @@ class Request:
         """A header's value; "" if there is none."""
         return self.headers.get(name.encode(), b"").decode("latin-1")
 
-    @property
-    def query(self) -> dict[str, str]:
-        """The first value of every parameter of the query."""
-        pairs = parse_qs(self.query_string.decode("latin-1"), keep_blank_values=True, max_num_fields=32)
-        return {name: values[0] for name, values in pairs.items()}
+    def query(self, name: str) -> str | None:
+        """A parameter of the query; None if it is not there.
+
+        Raises:
+            RequestError: 400; it is there more than once, or there are too many of all.
+        """
+        try:
+            pairs = parse_qsl(
+                self.query_string.decode("latin-1"), keep_blank_values=True, max_num_fields=MOST_PARAMETERS
+            )
+        except ValueError:
+            raise RequestError(f"the query has more than {MOST_PARAMETERS} parameters") from None
+        values = [value for key, value in pairs if key == name]
+        if len(values) > 1:
+            raise RequestError(f"'{name}' is given more than once")
+        return values[0] if values else None
 
 
 @dataclass(slots=True)

@@ -13,8 +13,9 @@ import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mcruntime.bundle import WIRING_MODEL
 from mcruntime.engine import OnnxRunner
-from mcruntime.server.about import WIRING_MODEL, is_as_sealed, read_wiring
+from mcruntime.server.about import is_as_sealed, read_wiring
 from mcruntime.server.errors import DeadlineError, NotFoundError, OverloadedError
 from mcruntime.server.images import read_image
 from mcruntime.server.models import Model

@@ -75,14 +75,18 @@ async function watch(model, body, headers, turn) {
   if (turn !== state.turn) return;
   state.picture?.show(told);
   const open = told.edges.filter((edge) => edge.weight > 0).length;
-  const idle = told.idle.length ? `; ${told.idle.length} blocks did not run` : "";
+  const blocks = told.idle.length === 1 ? "1 block" : `${told.idle.length} blocks`;
+  const idle = told.idle.length ? `; ${blocks} did not run` : "";
   byId("pointed").textContent = `For this image ${open} of ${told.edges.length} connections opened${idle}.`;
 }
 
 function preview(file) {
   const image = byId("preview");
   if (image.src) URL.revokeObjectURL(image.src);
-  image.onerror = () => show(image, false); // not an image; the server says so
+  image.onerror = () => {
+    show(image, false); // not an image; the server says so
+    show(byId("hint"));
+  };
   image.src = URL.createObjectURL(file);
   show(image);
   show(byId("hint"), false);
@@ -91,7 +95,7 @@ function preview(file) {
 
 function showAnswer(answer, total) {
   const model = `${answer.model}${state.about?.versions?.length > 1 ? `, version ${answer.version}` : ""}`;
-  byId("best").replaceChildren(answer.label, " ", make("small", {}, `${percent(answer.probability)} says ${model}`));
+  byId("best").replaceChildren(answer.label, " ", make("small", {}, `${percent(answer.probability)}, says ${model}`));
   byId("classes").replaceChildren(
     ...answer.top.map(({ label, probability }) => {
       const bar = make("span", { className: "bar" });
@@ -130,6 +134,8 @@ const KINDS = {
   across: "reads another stage",
   cut: "removed: could have been read, was not kept",
   dead: "removed: no output depends on it",
+  open: "opened by this image",
+  closed: "closed for this image",
 };
 
 function showWiring({ wiring }) {
@@ -142,7 +148,7 @@ function showWiring({ wiring }) {
   state.picture = drawWiring(byId("wiring"), wiring, tell);
   byId("legend").replaceChildren(
     ...Object.entries(KINDS)
-      .filter(([kind]) => state.picture.kinds.has(kind))
+      .filter(([kind]) => state.picture.kinds.has(kind) || (wiring.per_image && ["open", "closed"].includes(kind)))
       .map(([kind, words]) => make("li", {}, make("i", { className: `swatch ${kind}` }), words)),
   );
   const of = (...states) => wiring.edges.filter((edge) => states.includes(edge.state)).length;
