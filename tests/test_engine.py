@@ -472,3 +472,13 @@ def test_a_bundle_loads_and_infers_where_torch_timm_and_mcdeploy_cannot_be_impor
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("self-test")
     assert "torch is refused" in done.stdout
+
+
+def test_onnxruntime_is_asked_not_to_report_home():
+    code = "import mcruntime, os; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    for given, expected in ((None, "1"), ("0", "0")):
+        environment = {key: value for key, value in os.environ.items() if key != "ORT_DISABLE_TELEMETRY"}
+        environment |= {"PYTHONPATH": str(Path(mcruntime.__file__).parents[1])}
+        environment |= {"ORT_DISABLE_TELEMETRY": given} if given else {}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == expected

@@ -44,7 +44,9 @@ class ServerOptions:
     timeout_s: float = _option(30.0, "a request without an answer by then is answered 504", "SECONDS")
     max_body_bytes: int = _option(32 * MIB, "of one request, also after unpacking; more is answered 413", "BYTES")
     max_inflight_bytes: int = _option(512 * MIB, "of all request bodies together; more is answered 503", "BYTES")
-    max_pixels: int = _option(64_000_000, "of one image, read from its header; more is refused undecoded", "N")
+    max_pixels: int = _option(
+        25_000_000, "of one image, read from its header; more is refused; decoding takes up to 16 bytes a pixel", "N"
+    )
     max_connections: int = _option(1024, "at the same time; more are answered 503", "N")
     body_timeout_s: float = _option(30.0, "in which a request's body must arrive; else 408", "SECONDS")
     drain_s: float = _option(25.0, "how long requests in flight may take after the stop signal", "SECONDS")
