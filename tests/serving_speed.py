@@ -46,7 +46,7 @@ from rich.console import Console
 from rich.table import Table
 from speed_load import MAX_FOREIGN, Images, Load, Raw, as_json, h2load, loop, marked, open_session, wait_for_quiet, wrk
 from speed_models import make_bundle, model_file
-from speed_servers import OURS, SERVERS, Logits, Model, Running, ServerFailed, Way, make_ways, running
+from speed_servers import BARE, OURS, SERVERS, Logits, Model, Running, ServerFailed, Way, make_ways, running
 
 from mcdeploy.surroundings import describe_afterwards, describe_machine
 
@@ -330,6 +330,7 @@ def judge(samples: Sequence[dict[str, Any]], starts: Sequence[dict[str, Any]]) -
         least("gRPC, 1 connection, of raw1", 0.75, compare("grpc", 1, "r1")),
         least("gRPC, 32 connections, of raw1", 1.2, compare("grpc", 32, "r1")),
         most("added to a 40 us net, p50, us", 100, figure("overhead", "tiny", "binary", 1, "added_p50_us")),
+        most("the same of a bare app, us", None, figure("overhead", "tiny", "raw", 1, "added_p50_us", BARE)),
     ]
     for count in (1, 8, 32):
         for rival in _rivals(found):
@@ -356,7 +357,7 @@ def judge(samples: Sequence[dict[str, Any]], starts: Sequence[dict[str, Any]]) -
 
 def _rivals(found: dict[Key, dict[str, float]]) -> list[str]:
     """Families: litserve and litserve-single are one rival, at its best."""
-    return sorted({key[1].partition("-")[0] for key in found if key[0] == "compare" and key[1] != OURS})
+    return sorted({key[1].partition("-")[0] for key in found if key[0] == "compare" and key[1] not in (OURS, BARE)})
 
 
 def _best(found: dict[Key, dict[str, float]], rival: str, count: int, grpc: bool | None) -> float | None:

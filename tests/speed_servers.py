@@ -10,6 +10,8 @@ mcdeploy's; then, with its pip:
     bentoml    pip install bentoml==1.4.39 onnxruntime==1.31.1
     ray        pip install 'ray[serve]==2.60.0' onnxruntime==1.31.1
 
+``bare`` is no competitor but the floor: a bare ASGI app that runs the model on its event loop, and nothing else.
+
 All serve the same ONNX file with the same ONNX Runtime and settings (``competitors/shared_session.py``): one copy of
 it, batches of 32 at most, no line in a log for each request. Those that must be told how long to wait for a batch wait
 0.5 ms.
@@ -109,12 +111,13 @@ def _ours(place: Place) -> list[str]:
     ]  # fmt: skip
 
 
-def _script(name: str, *words: str) -> Callable[[Place], list[str]]:
+def _script(name: str, *words: str, is_competitor: bool = True) -> Callable[[Place], list[str]]:
     """A handler that is started as a script; "HTTP" and "GRPC" stand for the ports."""
 
     def command(place: Place) -> list[str]:
         ports = {"HTTP": str(place.http), "GRPC": str(place.grpc)}
-        return [str(place.venv / "bin/python"), str(HANDLERS / name), *(ports.get(word, word) for word in words)]
+        python = str(place.venv / "bin/python") if is_competitor else sys.executable
+        return [python, str(HANDLERS / name), *(ports.get(word, word) for word in words)]
 
     return command
 
@@ -162,8 +165,10 @@ def _triton(place: Place) -> list[str]:
 
 
 OURS = "ours"
+BARE = "bare"
 _TABLE = (
     Server(OURS, _ours, ("binary", "json", "grpc"), headers={"x-api-key": API_KEY}),
+    Server(BARE, _script("bare_server.py", "HTTP", is_competitor=False), ("raw",)),
     Server("triton", _triton, ("binary", "json", "grpc"), "triton"),
     Server("litserve", _script("litserve_server.py", "HTTP", "batch"), ("image-base64",), "litserve"),
     Server("litserve-single", _script("litserve_server.py", "HTTP", "single"), ("image-base64",), "litserve"),
@@ -242,7 +247,7 @@ class Running:
             MARK: mark, "SPEED_MODEL_FILE": str(place.model.file), "SPEED_MODEL_NAME": place.model.name,
             "SPEED_THREADS": str(place.threads), "PYTHONDONTWRITEBYTECODE": "1", "HOME": str(place.folder),
         }  # fmt: skip
-        if server.venv:
+        if server.venv:  # a script's own folder is on its path anyway
             environment |= {"PYTHONPATH": str(HANDLERS), "PATH": f"{place.venv}/bin:{environment['PATH']}"}
         command = server.command(place)
         self._began = time.perf_counter()
