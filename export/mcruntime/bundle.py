@@ -10,10 +10,10 @@
 
 The promise: loading, checking and serving a bundle runs no code from it. There is no pickle in it (an .npz is read with
 ``allow_pickle=False``), every file is of a kind in ``SUFFIXES``, is a plain file inside the folder, is listed, and is
-byte for byte what was sealed. Hashes find damage and mix-ups; they do not say who sealed the bundle, a signature does.
-An .html report is for a browser, which trusts it as far as any page: mcruntime never opens one. A TensorRT engine
-(.plan) is machine code for a GPU, so it is only allowed where the manifest names it as a model, and code for the host
-in it is never switched on: take engines from people you trust.
+byte for byte what was sealed; no model in it takes its weights from a file outside. Hashes find damage and mix-ups;
+they do not say who sealed the bundle, a signature does. An .html report is for a browser, which trusts it as far as
+any page: mcruntime never opens one. A TensorRT engine (.plan) is machine code for a GPU, so it is only allowed where
+the manifest names it as a model, and code for the host in it is never switched on: take engines from people you trust.
 """
 
 # B = batch, N = images in the self-test, C = channels, H/W = height/width.
@@ -27,7 +27,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,7 @@ from pydantic import ValidationError
 
 from mcruntime.engine import Runner
 from mcruntime.errors import BundleError, InputError, ParityError
+from mcruntime.external import external_files
 from mcruntime.manifest import SCHEMA_VERSION, FileFact, Manifest, ModelFile
 
 MANIFEST = "manifest.json"
@@ -160,6 +161,8 @@ def load_bundle(path: Path | str) -> Bundle:
             raise BundleError(f"{folder}: {name} is an engine that no model names; export the bundle again")
         if name.endswith(".npz"):
             _read_npz(folder / name)
+        if name.endswith(".onnx"):
+            _check_external(folder, name, manifest.files)
     _check_selftest(folder, manifest)
     if key is not None and key not in manifest.models:
         raise BundleError(f"{folder}: has no model {key!r}; ask for {' or '.join(manifest.models)}, or export it")
@@ -244,6 +247,21 @@ def _walk(folder: Path, prefix: str = "") -> Iterator[tuple[str, Path]]:
                     f"{folder}: {name} does not belong in a bundle (only {', '.join(SUFFIXES)}); remove it"
                 )
             yield name, Path(entry.path)
+
+
+def _check_external(folder: Path, name: str, files: dict[str, FileFact]) -> None:
+    """Refuse a model whose weights lie in a file that is not of this bundle, and so was not checked."""
+    try:
+        locations = external_files(folder / name)
+    except (OSError, ValueError):
+        raise BundleError(f"{folder}: {name} is not an ONNX model; export the bundle again") from None
+    for location in locations:
+        inside = str(PurePosixPath(name).parent / location)
+        if inside not in files or PurePosixPath(location).is_absolute() or ".." in PurePosixPath(location).parts:
+            raise BundleError(
+                f"{folder}: {name} names {location[:100]!r} for its weights, which is no file of this bundle; do not "
+                "use it, or export the bundle again"
+            )
 
 
 def _sha256(path: Path) -> str:

@@ -9,6 +9,7 @@ from typing import Any, Self
 from mcruntime.server.errors import OverloadedError, RequestError, TooLargeError
 
 Receive = Any
+UNPACKED_AT_ONCE = 1 << 18  # bytes on the event loop; more goes to a thread: a kilobyte may unpack to a megabyte
 ENCODINGS = {b"gzip": 31, b"x-gzip": 31, b"deflate": 15}  # to zlib's window bits
 
 
@@ -68,7 +69,7 @@ async def read_body(
             body = await _read_all(receive, lease, max_bytes)
     except TimeoutError:
         raise RequestError(f"the request body did not arrive within {timeout_s:.0f} s", 408) from None
-    return body if encoding in (b"identity", b"") else _unpack(body, encoding, lease, max_bytes)
+    return body if encoding in (b"identity", b"") else await _unpack(body, encoding, lease, max_bytes)
 
 
 async def _read_all(receive: Receive, lease: Lease, max_bytes: int) -> bytes:
@@ -90,15 +91,20 @@ async def _read_all(receive: Receive, lease: Lease, max_bytes: int) -> bytes:
     return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
-def _unpack(body: bytes, encoding: bytes, lease: Lease, max_bytes: int) -> bytes:
+async def _unpack(body: bytes, encoding: bytes, lease: Lease, max_bytes: int) -> bytes:
     unpacker = zlib.decompressobj(ENCODINGS[encoding])
     try:
-        whole = unpacker.decompress(body, max_bytes + 1)
+        whole = unpacker.decompress(body, min(UNPACKED_AT_ONCE, max_bytes + 1))
+        if UNPACKED_AT_ONCE <= len(whole) <= max_bytes and not unpacker.eof:
+            lease.take(max_bytes)  # the most it may become
+            left = max_bytes + 1 - len(whole)
+            whole += await asyncio.to_thread(unpacker.decompress, unpacker.unconsumed_tail, left)
+        else:
+            lease.take(len(whole))
     except zlib.error:
         raise RequestError(f"the request body is not {encoding.decode()}") from None
     if len(whole) > max_bytes:
         raise TooLargeError(f"the request body unpacks to more than {max_bytes} bytes; send a smaller batch")
     if not unpacker.eof or unpacker.unused_data:
         raise RequestError(f"the request body is not one whole {encoding.decode()} stream")
-    lease.take(len(whole))
     return whole
