@@ -36,7 +36,8 @@ def _binary(batch, seed, is_bare, is_binary_out):
     if is_bare:
         return _tensor(1, seed)
     data = _tensor(batch, seed)
-    tensor = {"name": "image", "datatype": "FP32", "shape": [batch, *SHAPE], "parameters": {"binary_data_size": len(data)}}
+    size = {"binary_data_size": len(data)}
+    tensor = {"name": "image", "datatype": "FP32", "shape": [batch, *SHAPE], "parameters": size}
     head = {"inputs": [tensor], "parameters": {"binary_data_output": is_binary_out}}
     return json.dumps(head).encode() + data
 
