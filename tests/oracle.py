@@ -195,7 +195,8 @@ def _call_once(channel: grpc.Channel, one: Call, headers: Mapping[str, str]) -> 
             return {"code": "OK", "stream": [_tree(answer, one) for answer in method(iter(requests), **options)]}
         return {"code": "OK", "json": _tree(method(requests[0], **options), one)}
     except grpc.RpcError as error:
-        return {"code": error.code().name, "details": error.details()}
+        missing = error.code() is grpc.StatusCode.UNIMPLEMENTED  # told by the library, in its own words
+        return {"code": error.code().name, "details": "" if missing else _masked(error.details())}
 
 
 def _method(channel: grpc.Channel, name: str) -> tuple[Callable[..., Any], type[Any]]:

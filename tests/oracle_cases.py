@@ -726,7 +726,7 @@ DIFFERENCES: dict[str, dict[str, Difference]] = {
             },
         ),
         **because(
-            "TODO",
+            "to be brought in line with Triton",
             {
                 "index": {"json": [{"name": "tiny", "version": "1", "state": "READY", "reason": ""}]},
                 "index, ready only": {"json": [{"name": "tiny", "version": "1", "state": "READY", "reason": ""}]},
@@ -746,6 +746,9 @@ DIFFERENCES: dict[str, dict[str, Difference]] = {
                     }
                 },
                 "classification, none": says("parameter 'classification' must be a whole number of at least 1", 400),
+                "infer, FP16 in JSON": says(
+                    "sending FP16 data via JSON is not supported. Please use the binary data format for input 'image'"
+                ),
             },
         ),
         **because(
@@ -874,10 +877,14 @@ DIFFERENCES: dict[str, dict[str, Difference]] = {
             {
                 "binary, no size": says("unexpected additional input data for model 'tiny'"),
                 "infer, zero inputs": says(
-                    "[request id: <id_unknown>] expected 1 inputs but got 0 inputs for model 'tiny'. Got input(s) [], but missing required input(s) ['image']. Please provide all required input(s)."
+                    "[request id: <id_unknown>] expected 1 inputs but got 0 inputs for model 'tiny'. "
+                    "Got input(s) [], but missing required input(s) ['image']. Please provide all "
+                    "required input(s)."
                 ),
                 "infer, the input twice": says(
-                    "[request id: <id_unknown>] expected 1 inputs but got 2 inputs for model 'tiny'. Got input(s) ['image', 'image'], but missing required input(s) ['image']. Please provide all required input(s)."
+                    "[request id: <id_unknown>] expected 1 inputs but got 2 inputs for model 'tiny'. "
+                    "Got input(s) ['image', 'image'], but missing required input(s) ['image']. Please"
+                    " provide all required input(s)."
                 ),
                 "infer, no such type": says(
                     "inference input 'image' data-type is 'FLOAT', but model 'tiny' expects 'FP32'"
@@ -938,15 +945,9 @@ DIFFERENCES: dict[str, dict[str, Difference]] = {
             "Triton lists a missing input that is none",
             {
                 "infer, an input too many": says(
-                    "[request id: <id_unknown>] expected 1 inputs but got 2 inputs for model 'tiny'. Got input(s) ['image', 'other'], but missing required input(s) ['image']. Please provide all required input(s)."
-                )
-            },
-        ),
-        **because(
-            "FIX",
-            {
-                "infer, FP16 in JSON": says(
-                    "sending FP16 data via JSON is not supported. Please use the binary data format for input 'image'"
+                    "[request id: <id_unknown>] expected 1 inputs but got 2 inputs for model 'tiny'. "
+                    "Got input(s) ['image', 'other'], but missing required input(s) ['image']. Please"
+                    " provide all required input(s)."
                 )
             },
         ),
@@ -959,5 +960,96 @@ DIFFERENCES: dict[str, dict[str, Difference]] = {
             },
         ),
     },
-    "grpc": {},
+    "grpc": {
+        **because(
+            "name, version and the extensions that this server has",
+            {
+                "server metadata": {
+                    "json": {
+                        "extensions": [
+                            "binary_tensor_data",
+                            "classification",
+                            "model_configuration",
+                            "model_repository",
+                            "parameters",
+                            "schedule_policy",
+                            "statistics",
+                        ],
+                        "name": "mcdeploy",
+                    }
+                }
+            },
+        ),
+        **because(
+            NOT_FOUND,
+            {
+                "statistics, unknown model": {
+                    "code": "NOT_FOUND",
+                    "details": ("Request for unknown model: 'nope' is not found"),
+                }
+            },
+        ),
+        **because(
+            "a tensor that belongs to no input is a mistake",
+            {
+                "infer, two raw tensors for one input": {
+                    "code": "INVALID_ARGUMENT",
+                    "details": ("expected 1 raw_input_contents, for input 'image' for model 'tiny', but got 2"),
+                    "json": None,
+                }
+            },
+        ),
+        **because(
+            "Triton names the function that failed",
+            {
+                "infer, version that is no number": {
+                    "details": (
+                        "failed to get model version from specified version string 'one', version should "
+                        "be an integral value > 0"
+                    )
+                }
+            },
+        ),
+        **because(
+            "the type is named as the client wrote it",
+            {
+                "infer, no such type": {
+                    "details": ("inference input 'image' data-type is 'FLOAT', but model 'tiny' expects 'FP32'")
+                }
+            },
+        ),
+        **because(
+            OTHER_CHECK,
+            {
+                "infer, negative dimension": {
+                    "details": (
+                        "unexpected shape for input 'image' for model 'tiny'. Expected [-1,3,8,8], got [-1,3,8,8]"
+                    )
+                }
+            },
+        ),
+        **because(
+            "grpc.health.v1 says NOT_FOUND of a service that is not there",
+            {"health of something unknown": {"code": "NOT_FOUND", "details": ("no such service here"), "json": None}},
+        ),
+        **because(
+            NAME_ONLY,
+            {
+                "load, a file": {
+                    "details": (
+                        "load takes no parameters here: neither a configuration nor files can be sent to this server"
+                    )
+                }
+            },
+        ),
+        **because(
+            ABSENT,
+            {
+                "trace settings": {"code": "UNIMPLEMENTED", "details": (""), "json": None},
+                "log settings": {"code": "UNIMPLEMENTED", "details": (""), "json": None},
+                "system shared memory": {"code": "UNIMPLEMENTED", "details": (""), "json": None},
+                "CUDA shared memory": {"code": "UNIMPLEMENTED", "details": (""), "json": None},
+            },
+        ),
+    },
 }
