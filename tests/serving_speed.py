@@ -484,7 +484,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _flags(options: argparse.Namespace) -> str:
     lists = {name: ",".join(map(str, getattr(options, name))) for name in ("servers", "parts", "connections")}
-    numbers = {name: str(getattr(options, name)) for name in ("rounds", "seconds", "threads")}
+    numbers = {name: str(getattr(options, name)) for name in ("rounds", "seconds", "threads", "tries", "patience")}
     return " ".join(f"--{name} {value}" for name, value in (lists | numbers).items())
 
 
