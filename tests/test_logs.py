@@ -232,11 +232,7 @@ def test_pythons_warnings_and_other_loggers_come_out_in_the_same_form():
     def act():
         with warnings.catch_warnings():
             warnings.simplefilter("always")
-            # Inside, since catch_warnings puts back what it found.
-            logging.captureWarnings(False)
-            logging.captureWarnings(True)
             warnings.warn("something is old", stacklevel=1)
-            logging.captureWarnings(False)
         logging.getLogger("asyncio").error("lost")
         logging.getLogger("mcruntime.server").info("loaded")
         logging.getLogger("some.library").info("chatter")

@@ -17,7 +17,7 @@ from PIL import Image
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 from tiny_onnx import expected_logits, some_images
-from tiny_server import Gate, app_of, busy_and_waiting, call, client_of, constant, infer_request, model_of
+from tiny_server import Gate, app_of, busy_and_waiting, call, client_of, constant, finish, infer_request, model_of
 
 INFER = "/v2/models/tiny/infer"
 OPENMETRICS = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5"
@@ -122,6 +122,17 @@ def test_what_waits_is_seen_while_it_waits_and_what_is_refused_is_counted():
     assert value(samples, "mcdeploy_requests_in_flight", model=None, version=None) == 2
     assert value(later, "mcdeploy_pending_requests") == 0
     assert value(later, "mcdeploy_requests_in_flight", model=None, version=None) == 0
+
+
+def test_a_request_that_was_too_late_is_counted_as_such():
+    gate = Gate()
+    with app_of(model_of(gate), routes=metrics.routes) as app:
+        late = infer_request() | {"parameters": {"timeout": 20_000}}
+        assert call(app, "POST", INFER, json=late).status_code == 504
+        gate.open()
+        samples = samples_of(app)
+    assert value(samples, "mcdeploy_requests_total", outcome="timeout") == 1
+    assert value(samples, "nv_inference_request_failure", reason="REJECTED") == 1
 
 
 def test_a_client_that_goes_away_is_counted():
@@ -264,15 +275,15 @@ def test_open_connections_are_told_where_the_server_knows_them():
 
 
 def test_what_a_shadow_found_is_exported():
-    shadow = Shadow(model_of(constant(1.0), bundle="feedfeedfeedfeed"), "tiny")
+    shadow = Shadow(model_of(constant(1.0), bundle="feedfeedfeedfeed", model="int8"), "tiny")
     shadows = Shadows([shadow])
     with app_of(model_of(), options=ServerOptions(), routes=lambda app: metrics.routes(app, shadows)) as app:
         app.mirror = shadows.mirror
         for _ in range(3):
             call(app, "POST", INFER, json=infer_request(some_images(2)))
-        shadows.close()
+        finish(shadows)
         samples = samples_of(app)
-    labels = {"shadow": "feedfeedfeed"}
+    labels = {"shadow": "feedfeedfeed@int8"}
     assert value(samples, "mcdeploy_shadow_mirrored_total", **labels) == 3
     assert value(samples, "mcdeploy_shadow_compared_images_total", **labels) == 6
     expected = 3 * int((expected_logits(some_images(2)).argmax(axis=1) != 0).sum())

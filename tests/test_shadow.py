@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import threading
 import time
 
 import numpy as np
@@ -16,7 +18,7 @@ from mcruntime.server.run import open_models
 from mcruntime.server.shadow import Shadow, Shadows, open_shadows, relative_difference
 from mcruntime.server.statistics import Statistics
 from tiny_onnx import expected_logits, some_images, tiny_manifest, write_bundle, write_model
-from tiny_server import Gate, app_of, call, client_of, constant, infer_request, logits_of, model_of
+from tiny_server import Gate, app_of, call, client_of, constant, finish, infer_request, logits_of, model_of, until
 
 INFER = "/v2/models/tiny/infer"
 
@@ -34,7 +36,7 @@ def run(parts, *requests):
     with application as app:
         app.mirror = shadows.mirror
         answers = [call(app, "POST", path, json=body) for path, body in requests]
-        shadows.close()
+        finish(shadows)
     return answers, shadow.snapshot()
 
 
@@ -68,45 +70,30 @@ def test_the_difference_is_relative_to_each_rows_own_scale():
     assert np.isfinite(relative_difference(np.ones((1, 2), np.float32) * 1e-38, np.zeros((1, 2), np.float32)))
 
 
-def test_the_answer_is_there_before_the_shadow_has_even_begun():
+def test_the_answer_is_written_before_the_copy_is_even_offered(monkeypatch):
     order = []
+    application, shadow, shadows = shadowed(expected_logits)
+    monkeypatch.setattr(shadow, "offer", lambda *_: order.append("copy"))
+    sent = json.dumps(infer_request()).encode()
 
-    def engine(images):
-        order.append("shadow")
-        return expected_logits(images)
+    async def receive():
+        return {"type": "http.request", "body": sent}
 
-    application, shadow, shadows = shadowed(engine)
+    async def send(message):
+        if message["type"] == "http.response.body":
+            order.append("answer")
+
+    scope = {"type": "http", "method": "POST", "path": INFER, "query_string": b"", "headers": [], "client": None}
     with application as app:
         app.mirror = shadows.mirror
 
         async def main():
-            body = infer_request()
-            import json
-
-            sent = json.dumps(body).encode()
-
-            async def receive():
-                return {"type": "http.request", "body": sent}
-
-            async def send(message):
-                if message["type"] == "http.response.body":
-                    order.append("answer")
-
-            scope = {
-                "type": "http",
-                "method": "POST",
-                "path": INFER,
-                "query_string": b"",
-                "headers": [],
-                "client": None,
-            }
             await app(scope, receive, send)
-            while not shadow.snapshot():
-                await asyncio.sleep(0.001)
+            await until(lambda: "copy" in order)
 
         asyncio.run(main())
-        shadows.close()
-    assert order == ["answer", "shadow"]
+        finish(shadows)
+    assert order == ["answer", "copy"]
 
 
 def test_a_stuck_shadow_holds_up_nobody_and_copies_that_do_not_fit_are_dropped():
@@ -124,7 +111,7 @@ def test_a_stuck_shadow_holds_up_nobody_and_copies_that_do_not_fit_are_dropped()
         answers = asyncio.run(main())
         assert [answer.status_code for answer in answers] == [200] * 10
         gate.open()
-        shadows.close()
+        finish(shadows)
     found = shadow.snapshot()["1"]
     assert (found.mirrored, found.dropped, found.images) == (3, 7, 3)
 
@@ -142,9 +129,21 @@ def test_the_bytes_that_wait_are_bounded_too(monkeypatch):
     while shadow.snapshot()["1"].images < 2 and time.monotonic() < deadline:
         time.sleep(0.001)
     shadow.offer("1", one, expected_logits(one))
-    shadows.close()
+    finish(shadows)
     found = shadow.snapshot()["1"]
     assert (found.mirrored, found.dropped, found.images) == (3, 3, 3)
+
+
+def test_the_end_does_not_wait_for_copies_that_wait():
+    gate = Gate()
+    one = some_images(1)
+    _, shadow, shadows = shadowed(gate, max_batch=1)
+    for _ in range(5):
+        shadow.offer("1", one, expected_logits(one))
+    assert gate.entered.acquire(timeout=20)
+    threading.Timer(0.05, gate.open).start()
+    shadows.close()
+    assert not gate.entered.acquire(blocking=False), "it ran another copy"
 
 
 @pytest.mark.parametrize(
@@ -217,7 +216,7 @@ def test_an_image_is_copied_as_the_model_read_it():
     with application as app:
         app.mirror = shadows.mirror
         assert call(app, "POST", "/predict", content=stream.getvalue()).status_code == 200
-        shadows.close()
+        finish(shadows)
     np.testing.assert_allclose(got[0][0, :, 0, 0], [1, -1, -1])
     assert shadow.snapshot()["1"].worst < 1e-6
 
@@ -241,7 +240,7 @@ def test_a_shadow_is_opened_by_name_version_or_its_own_name(tmp_path, capsys):
         (shadow,) = opened(tmp_path, f"{name}{'=' if name else ''}{tmp_path / folder}").all
         assert (shadow.name, shadow.version) == ("tiny", version)
         assert shadow.model.about["threads"] == 1
-        assert len(shadow.id) == 12
+        assert shadow.id == f"{json.loads((tmp_path / 'new' / 'manifest.json').read_text())['id'][:12]}@fp32"
         assert isinstance(shadow.statistics, Statistics)
     assert "shadow of tiny version 1: tiny: bundle" in capsys.readouterr().out
 

@@ -92,6 +92,14 @@ async def busy_and_waiting(client, gate, model, num_waiting, path="/v2/models/ti
     return tasks
 
 
+def finish(shadows):
+    """Wait until every copy was compared, then close."""
+    for shadow in shadows.all:
+        shadow.model.batcher.close()
+        assert shadow.model.batcher.join(20)
+    shadows.close()
+
+
 def infer_request(images=None, **changes):
     """The JSON of an inference request."""
     images = some_images(1) if images is None else images

@@ -168,5 +168,5 @@ def _escaped(text: str) -> str:
 
 
 def _ascii_json(tree: Any) -> str:
-    # ASCII, since beyond it are terminal sequences (U+009B) and characters that turn text around. json leaves DEL.
-    return json.dumps(tree, ensure_ascii=True, default=str).replace("\x7f", "\\u007f")
+    # ASCII, since beyond it are terminal sequences (U+009B) and characters that turn text around.
+    return json.dumps(tree, ensure_ascii=True, default=str)

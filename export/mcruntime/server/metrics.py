@@ -7,6 +7,7 @@ OpenMetrics asks of counters, and so are given without a type.
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import itertools
 import os
@@ -56,7 +57,8 @@ def routes(app: App, shadows: Shadows | None = None) -> list[Route]:
     ProcessCollector(registry=registry)
 
     async def answer(request: Request) -> Response:
-        return render(registry, request.header("accept"), request.header("accept-encoding"))
+        # In a thread: half a millisecond for every version is too much for the loop when there are many.
+        return await asyncio.to_thread(render, registry, request.header("accept"), request.header("accept-encoding"))
 
     return [Route("/metrics", {"GET": answer})]
 
@@ -75,8 +77,8 @@ def render(registry: CollectorRegistry, accept: str, accept_encoding: str) -> Re
 
 
 class ServerCollector(Collector):
-    """What the server knows of itself, as metric families. Reads on the event loop; each statistics' lock is held for
-    one copy."""
+    """What the server knows of itself, as metric families. Reads in any thread, and so copies what others write before
+    it looks at it; each statistics' lock is held for one copy."""
 
     def __init__(self, app: App, shadows: Shadows | None = None) -> None:
         self._app = app
@@ -86,7 +88,9 @@ class ServerCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """All families."""
         yield from self._of_server()
-        totals = [(labels, Totals.of(statistics)) for labels, statistics in sorted(self._app.models.statistics.items())]
+        totals = [
+            (labels, Totals.of(statistics)) for labels, statistics in sorted(dict(self._app.models.statistics).items())
+        ]
         yield from _of_requests(totals)
         yield from _of_triton(totals)
         yield from _of_loaded(list(self._app.models))
@@ -100,12 +104,12 @@ class ServerCollector(Collector):
         app = self._app
         yield InfoMetricFamily("mcdeploy_build", "The server", {"version": VERSION})
         answers = CounterMetricFamily("mcdeploy_http_responses", "HTTP answers by status", labels=["status"])
-        for status, count in sorted(app.answered.items()):
+        for status, count in sorted(dict(app.answered).items()):
             answers.add_metric([str(status)], count)
         yield answers
         calls = CounterMetricFamily("mcdeploy_grpc_responses", "gRPC answers by code", labels=["code"])
         codes: Counter[str] = Counter()
-        for status, count in app.grpc_answered.items():
+        for status, count in dict(app.grpc_answered).items():
             codes[GRPC_CODES.get(status, "INTERNAL")] += count
         for code, count in sorted(codes.items()):
             calls.add_metric([code], count)

@@ -58,14 +58,14 @@ class Shadow:
         version: of the only version whose requests are copied; "": of all.
 
     Attributes:
-        id: the start of its bundle's id.
+        id: the start of its bundle's id, and which of the bundle's models it is.
     """
 
     def __init__(self, model: Model, name: str, version: str = "") -> None:
         self.model = model
         self.name = name
         self.version = version
-        self.id = str(model.about.get("bundle", model.spec.name))[:12]
+        self.id = "@".join([str(model.about.get("bundle", ""))[:12], str(model.about.get("model", ""))])
         self._lock = threading.Lock()
         self._waiting_bytes = 0
         self._seen: dict[str, Comparison] = {}
@@ -153,9 +153,10 @@ class Shadows:
             loop.call_soon(shadow.offer, model.spec.version, images, answer.logits)
 
     def close(self) -> None:
-        """Finish the copies that are taken, and let the engines go. Blocks."""
+        """Drop the copies that wait, and let the engines go when they are through with their batch. Blocks."""
         for shadow in self.all:
             shadow.model.batcher.close()
+            shadow.model.batcher.expire(float("inf"))
         for shadow in self.all:
             shadow.model.close()
 

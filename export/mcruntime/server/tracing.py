@@ -20,7 +20,7 @@ from mcruntime.server.seen import Seen
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
 
-CLOSE_S = 3.0  # for the last spans; a collector that is away must not hold up the exit
+CLOSE_S = 2.0  # for the last spans; a collector that is away must not hold up the exit
 EXPORT_TIMEOUT_S = 5.0
 TRACES_PATH = "/v1/traces"
 SERVICE = "inference.GRPCInferenceService"
