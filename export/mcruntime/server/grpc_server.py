@@ -5,8 +5,9 @@ without a lock. A server with a pool of threads was measured, too (one request i
 were smaller than the noise, and it needs a thread for every waiting request. Messages are parsed here and not by grpc,
 whose errors about them would name its own internals.
 
-One door for all methods (``_Door``): keys, draining, calls at the same time, slow bodies. One way out for all errors
-(``as_told``): the texts are REST's, the codes follow from its statuses.
+One door for all methods (``_Door``): keys, draining, calls at the same time. One way out for all errors (``as_told``):
+the texts are REST's, the codes follow from its statuses. Methods with one request are offered as if they took a stream
+of them, which is the same on the wire, so that a message that does not arrive can be given up.
 """
 
 from __future__ import annotations
@@ -14,16 +15,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable
-from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 import grpc.aio
 from google.protobuf import json_format
 from google.protobuf.descriptor_pool import DescriptorPool
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from mcruntime.errors import InputError
@@ -31,7 +31,14 @@ from mcruntime.server import oip
 from mcruntime.server.app import EXTENSIONS, VERSION, App, refuse_control, refuse_load_parameters
 from mcruntime.server.body import Lease
 from mcruntime.server.config import model_config
-from mcruntime.server.errors import NotFoundError, OverloadedError, RequestError, UnavailableError, as_told
+from mcruntime.server.errors import (
+    DeadlineError,
+    NotFoundError,
+    OverloadedError,
+    RequestError,
+    UnavailableError,
+    as_told,
+)
 from mcruntime.server.grpc_protocol import format_infer, parse_infer, read_message
 from mcruntime.server.models import Model
 from mcruntime.server.options import ServerOptions
@@ -54,7 +61,6 @@ WORK = frozenset(
     f"/{oip.SERVICE}/{name}"
     for name in ("ModelInfer", "ModelStreamInfer", "RepositoryIndex", "RepositoryModelLoad", "RepositoryModelUnload")
 )
-_arrival: ContextVar[asyncio.TimerHandle | None] = ContextVar("arrival", default=None)
 
 Handle = Callable[[Any, Request], Awaitable[Any]]  # a message and its call -> the answer's message
 
@@ -86,7 +92,7 @@ async def start(app: App, options: ServerOptions) -> GrpcServer:
     server = grpc.aio.server(interceptors=[_Door(app, options)], options=_channel_options(options))
     _Service(app).add_to(server)
     health = _Health(app)
-    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    health.add_to(server)
     names = (oip.SERVICE, HEALTH, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server, pool=_pool_of_all())
     address = f"[{options.host}]" if ":" in options.host else options.host
@@ -141,7 +147,6 @@ class _Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     def __init__(self, app: App, options: ServerOptions) -> None:
         self._app = app
         self._max_calls = options.max_connections
-        self._body_timeout_s = options.body_timeout_s
         self._calls = 0
 
     async def intercept_service(self, continuation: Any, details: Any) -> Any:
@@ -156,10 +161,7 @@ class _Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             return self._refuse(path, UnavailableError("the server is shutting down"))
         if self._calls > self._max_calls:
             return self._refuse(path, OverloadedError("too many calls at the same time; try again"))
-        handler = await continuation(details)
-        if handler is not None and not handler.request_streaming and not handler.response_streaming:
-            _arrival.set(asyncio.get_running_loop().call_later(self._body_timeout_s, task.cancel))
-        return handler
+        return await continuation(details)
 
     def _left(self, task: Any) -> None:
         self._calls -= 1
@@ -174,11 +176,20 @@ class _Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         return grpc.stream_stream_rpc_method_handler(refuse)
 
 
-def _arrived() -> None:
-    """The message is there: the time that it may take is over."""
-    timer = _arrival.get()
-    if timer is not None:
-        timer.cancel()
+async def _read_one(context: Any, timeout_s: float) -> bytes:
+    """The message of a call that has one.
+
+    Raises:
+        RequestError: 400, there is none; 504, it did not arrive in time.
+    """
+    try:
+        async with asyncio.timeout(timeout_s):
+            data = await context.read()
+    except TimeoutError:
+        raise DeadlineError(f"the request did not arrive within {timeout_s:g} s") from None
+    if data is grpc.aio.EOF:
+        raise RequestError("the call has no request")
+    return bytes(data)
 
 
 # ---------------------------------------------------------------------------------------------------------- the service
@@ -208,20 +219,20 @@ class _Service:
             "RepositoryModelUnload": self._unload,
         }
         handlers = {
-            name: grpc.unary_unary_rpc_method_handler(partial(self._serve, name, handle))
+            name: grpc.stream_unary_rpc_method_handler(partial(self._serve, name, handle))
             for name, handle in unary.items()
         }
         handlers["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(self._stream)
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(oip.SERVICE, handlers),))
 
-    async def _serve(self, name: str, handle: Handle, data: bytes, context: Any) -> bytes:
+    async def _serve(self, name: str, handle: Handle, requests: Any, context: Any) -> bytes:
         """One call with one message each way."""
-        _arrived()
         began = time.perf_counter()
         call = _call_of(f"/{oip.SERVICE}/{name}", context, self._app)
         is_work = call.path in WORK
         self._app.in_flight += is_work
         try:
+            data = await _read_one(context, self._app.options.body_timeout_s)
             with Lease(self._app.budget) as lease:
                 lease.take(len(data))
                 answer = await handle(read_message(self._messages[name][0], data), call)
@@ -231,7 +242,6 @@ class _Service:
             raise
         except Exception as error:
             await _abort(self._app, call, context, error, began)
-            raise AssertionError("abort raises") from None
         finally:
             self._app.in_flight -= is_work
         _observe(self._app, call, context, 200, "", began)
@@ -269,11 +279,11 @@ class _Service:
         message, status, text = request_class(), 200, ""
         self._app.in_flight += 1
         try:
-            if self._app.draining:
-                raise UnavailableError("the server is shutting down")
             with Lease(self._app.budget) as lease:
                 lease.take(len(data))
                 message = read_message(request_class, data)
+                if self._app.draining:
+                    raise UnavailableError("the server is shutting down")
                 answer = answer_class(infer_response=await self._infer(message, call))
             answer.infer_response.parameters["triton_final_response"].bool_param = True
         except asyncio.CancelledError:
@@ -371,7 +381,7 @@ class _Service:
 # --------------------------------------------------------------------------------------------------------------- health
 
 
-class _Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
+class _Health:
     """grpc.health.v1: serving as soon as, and as long as, the HTTP side calls itself ready."""
 
     def __init__(self, app: App) -> None:
@@ -379,35 +389,59 @@ class _Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         self._watchers = 0
         self.stopping = False
 
-    async def Check(self, request: Any, context: Any) -> Any:
-        """The state now; NOT_FOUND for a service that this server does not have."""
-        _arrived()
-        status = self._status(request.service)
-        if status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN:
-            await context.abort(grpc.StatusCode.NOT_FOUND, "no such service here")
-        return health_pb2.HealthCheckResponse(status=status)
+    def add_to(self, server: Any) -> None:
+        """Offer both methods on a server that does not run yet."""
+        handlers = {
+            "Check": grpc.stream_unary_rpc_method_handler(self._check),
+            "Watch": grpc.stream_stream_rpc_method_handler(self._watch),
+        }
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(HEALTH, handlers),))
 
-    async def Watch(self, request: Any, context: Any) -> None:
+    async def _check(self, requests: Any, context: Any) -> bytes:
+        """The state now; NOT_FOUND for a service that this server does not have."""
+        began, call = time.perf_counter(), _call_of(f"/{HEALTH}/Check", context, self._app)
+        try:
+            status = self._status(await self._service(context))
+            if status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN:
+                raise NotFoundError("there is no such service here")
+        except RequestError as error:
+            await _abort(self._app, call, context, error, began)
+        _observe(self._app, call, context, 200, "", began)
+        return _packed(status)
+
+    async def _watch(self, requests: Any, context: Any) -> None:
         """The state now and whenever it changes."""
-        if self._watchers >= MAX_WATCHERS:
-            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many watch already; call Check")
+        began, call = time.perf_counter(), _call_of(f"/{HEALTH}/Watch", context, self._app)
         self._watchers += 1
         try:
-            told = None
+            if self._watchers > MAX_WATCHERS:
+                raise OverloadedError("too many watch already; call Check")
+            service, told = await self._service(context), None
             while not self.stopping:
-                status = self._status(request.service)
+                status = self._status(service)
                 if status != told:
-                    await context.write(health_pb2.HealthCheckResponse(status=status))
+                    await context.write(_packed(status))
                     told = status
                 await asyncio.sleep(WATCH_S)
+        except RequestError as error:
+            await _abort(self._app, call, context, error, began)
         finally:
             self._watchers -= 1
+
+    async def _service(self, context: Any) -> str:
+        """The name that a client asks for."""
+        data = await _read_one(context, self._app.options.body_timeout_s)
+        return str(read_message(health_pb2.HealthCheckRequest, data).service)
 
     def _status(self, service: str) -> Any:
         states = health_pb2.HealthCheckResponse
         if service not in ("", oip.SERVICE):
             return states.SERVICE_UNKNOWN
         return states.SERVING if _is_ready(self._app) else states.NOT_SERVING
+
+
+def _packed(status: Any) -> bytes:
+    return bytes(health_pb2.HealthCheckResponse(status=status).SerializeToString())
 
 
 def _is_ready(app: App) -> bool:
@@ -432,7 +466,7 @@ async def _no_body() -> bytes:
     return b""
 
 
-async def _abort(app: App, call: Request, context: Any, error: Exception, began: float) -> None:
+async def _abort(app: App, call: Request, context: Any, error: Exception, began: float) -> NoReturn:
     """Answer an error; raises, as grpc wants it.
 
     Raises:
@@ -445,6 +479,7 @@ async def _abort(app: App, call: Request, context: Any, error: Exception, began:
     if told.retry_after_s is not None:
         trailers = (*trailers, ("grpc-retry-pushback-ms", str(told.retry_after_s * 1000)))
     await context.abort(grpc.StatusCode[GRPC_CODES.get(told.status, "INTERNAL")], str(told), trailers)
+    raise AssertionError("abort raises")
 
 
 def _observe(app: App, call: Request, context: Any, status: int, error: str, began: float) -> None:
