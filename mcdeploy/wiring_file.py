@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mcdeploy.backends.onnx import export_onnx
-from mcdeploy.compile.conditional import WiringForm
+from mcdeploy.compile.conditional import WiringForm, told
 from mcdeploy.compile.dynamic import NEAR_THRESHOLD, record
 from mcdeploy.connectivity.ddw import DynamicStage, dynamic_stages
 from mcdeploy.errors import ParityError
@@ -84,7 +84,7 @@ def _prove(small: nn.Module, runner: OnnxRunner, val: Iterable[Sequence[Tensor]]
     opened, total = np.zeros(0), 0
     for images_BCHW, *_ in val:
         seen = record(small, images_BCHW.float())
-        expected_BE = torch.cat(list(seen.weights_BE.values()), 1).numpy()
+        expected_BE = torch.cat([told(seen.open_BE[name], seen.weights_BE[name]) for name in seen.open_BE], 1).numpy()
         actual_BE = runner.infer(images_BCHW.numpy().astype(np.float32))
         settled_B = seen.margin_B.numpy() >= NEAR_THRESHOLD
         _check(expected_BE[settled_B], actual_BE[settled_B])

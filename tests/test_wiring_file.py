@@ -12,6 +12,7 @@ from tiny_models import images
 
 from mcdeploy import wiring_file
 from mcdeploy.compile import compile_with_certificate
+from mcdeploy.compile.conditional import told
 from mcdeploy.compile.dynamic import record
 from mcdeploy.connectivity.ddw import dynamic_stages
 from mcdeploy.connectivity.wiring import candidates_of
@@ -46,8 +47,7 @@ def test_the_file_holds_the_topology_and_what_could_have_been_read(written):
 
 def test_every_edge_has_the_share_of_images_it_is_open_for(written):
     folder, small, _, _ = written
-    seen = record(small, VAL)
-    shares = torch.cat([(weights_BE > 0).double().mean(0) for weights_BE in seen.weights_BE.values()])
+    shares = torch.cat([open_BE.double().mean(0) for open_BE in record(small, VAL).open_BE.values()])
     told = [edge["share"] for edge in json.loads((folder / WIRING).read_text())["dynamic"]]
     assert told == pytest.approx(shares.tolist())
     assert any(0 < share < 1 for share in told)
@@ -72,8 +72,9 @@ def test_onnxruntime_opens_the_edges_that_pytorch_opens_one_image_at_a_time(writ
     folder, small, _, _ = written
     with OnnxRunner(folder / WIRING_MODEL) as runner:
         for image in VAL[:8].split(1):
-            expected = torch.cat(list(record(small, image).weights_BE.values()), 1).numpy()
-            np.testing.assert_allclose(runner.infer(image.numpy()), expected, atol=1e-5)
+            seen, weights_BE = record(small, image), runner.infer(image.numpy())
+            np.testing.assert_array_equal(weights_BE > 0, torch.cat(list(seen.open_BE.values()), 1))
+            np.testing.assert_allclose(weights_BE, torch.cat(list(seen.weights_BE.values()), 1), atol=1e-5)
 
 
 class Wrong:
@@ -83,7 +84,10 @@ class Wrong:
         self.small, self.change = small, change
 
     def infer(self, array):
-        return self.change(torch.cat(list(record(self.small, torch.from_numpy(array)).weights_BE.values()), 1).numpy())
+        seen = record(self.small, torch.from_numpy(array))
+        return self.change(
+            torch.cat([told(seen.open_BE[name], seen.weights_BE[name]) for name in seen.open_BE], 1).numpy()
+        )
 
 
 def test_a_file_that_opens_another_edge_or_weighs_one_otherwise_is_refused(written):

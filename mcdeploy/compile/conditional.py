@@ -42,6 +42,9 @@ def export_form(model: nn.Module, *, skip: bool) -> nn.Module:
     return form
 
 
+LEAST = 1e-6  # what an open edge weighs at least, where weights are told
+
+
 class WiringForm(nn.Module):
     """A model with dynamic stages, as a function from images to the weights of their edges; for export.
 
@@ -60,7 +63,15 @@ class WiringForm(nn.Module):
         """x: images [B, C, H, W]; returns [B, E], 0 where an edge is closed, stage after stage in their own order."""
         self.model(x)
         stages = dynamic_stages(self.model).values()
-        return torch.cat([stage.last.weights[stage.index] for stage in stages], 1)
+        return torch.cat([told(stage.last.open[stage.index], stage.last.weights[stage.index]) for stage in stages], 1)
+
+
+def told(open_BE: Tensor, weights_BE: Tensor) -> Tensor:
+    """Weights from which can be seen what is open, too.
+
+    An edge that is open because its node must run may weigh next to nothing, or 0 by one backend's sigmoid.
+    """
+    return torch.where(open_BE, weights_BE.clamp_min(LEAST), torch.zeros_like(weights_BE))
 
 
 class ExportedStage(nn.Module):
