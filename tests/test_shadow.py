@@ -16,8 +16,7 @@ from mcruntime.server.loader import parse_target
 from mcruntime.server.options import ServerOptions
 from mcruntime.server.run import open_models
 from mcruntime.server.shadow import Shadow, Shadows, open_shadows, relative_difference
-from mcruntime.server.statistics import Statistics
-from tiny_onnx import expected_logits, some_images, tiny_manifest, write_bundle, write_model
+from tiny_onnx import expected_logits, some_images, write_bundle, write_model
 from tiny_server import Gate, app_of, call, client_of, constant, finish, infer_request, logits_of, model_of, until
 
 INFER = "/v2/models/tiny/infer"
@@ -241,7 +240,6 @@ def test_a_shadow_is_opened_by_name_version_or_its_own_name(tmp_path, capsys):
         assert (shadow.name, shadow.version) == ("tiny", version)
         assert shadow.model.about["threads"] == 1
         assert shadow.id == f"{json.loads((tmp_path / 'new' / 'manifest.json').read_text())['id'][:12]}@fp32"
-        assert isinstance(shadow.statistics, Statistics)
     assert "shadow of tiny version 1: tiny: bundle" in capsys.readouterr().out
 
 
@@ -270,4 +268,3 @@ def test_a_damaged_shadow_stops_the_start(tmp_path):
     write_model(bundle / "model.onnx", bias=np.ones(4, np.float32))
     with pytest.raises(InputError):
         opened(tmp_path, str(bundle))
-    assert tiny_manifest("tiny").name == "tiny"

@@ -227,9 +227,14 @@ def _of_loaded(models: Sequence[Model]) -> Iterator[Metric]:
     )
     for model in models:
         labels = model.spec.name, model.spec.version
-        facts = {key: str(model.about[key]) for key in ("provider", "threads", "max_batch") if key in model.about}
-        bundle = str(model.about.get("bundle", ""))[:ID_LENGTH]
-        info.add_metric(labels, {"bundle": bundle, "file": str(model.about.get("model", "")), **facts})
+        facts: dict[str, str] = {
+            "bundle": str(model.about.get("bundle", ""))[:ID_LENGTH],
+            "file": str(model.about.get("model", "")),
+        }
+        for key in ("provider", "threads", "max_batch"):
+            if key in model.about:
+                facts[key] = str(model.about[key])
+        info.add_metric(labels, facts)
         num_waiting = model.batcher.num_waiting
         waiting.add_metric(labels, num_waiting)
         room.add_metric(labels, model.batcher.max_queue)

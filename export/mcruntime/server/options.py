@@ -68,7 +68,7 @@ class ServerOptions:
         None, "share of the requests that name no version; once for each version", "NAME:VERSION=SHARE", factory=dict
     )
     shadows: tuple[str, ...] = _option(
-        (), "a bundle that gets copies of the requests; its answers are compared, never sent", "[NAME=]BUNDLE"
+        (), "a bundle that gets copies of the requests; its answers are compared, never sent", "[NAME[:VERSION]=]BUNDLE"
     )
     shadow_share: float = _option(1.0, "of the requests that are copied, 0 to 1", "SHARE")
     require_signature: Path | None = _option(
