@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import uvloop
 from mcruntime.preprocess import Preprocessing
+from mcruntime.server import run
 from mcruntime.server.app import App
 from mcruntime.server.auth import Keys
 from mcruntime.server.models import Model, Models
@@ -72,6 +73,7 @@ def live(
         served.add(model)
     app = App(served, settings, keys=keys, control=control, routes=routes)
     server = DrainingServer(app, settings, tls_context(settings))
+    before, run.SWEEP_S = run.SWEEP_S, 0.02
     protocol: Any = server.config.http
     protocol.limits = replace(protocol.limits, **(limits or {}))
     with socket.socket() as listener:
@@ -88,6 +90,7 @@ def live(
             server.should_exit = True
             thread.join(10)
             assert not thread.is_alive(), "the server did not stop"
+            run.SWEEP_S = before
             runner.close()
             served.close()
             app.close()
@@ -110,7 +113,7 @@ def rest(client: socket.socket) -> bytes:
     return found
 
 
-def read_answer(client: socket.socket) -> tuple[int, dict[bytes, bytes], bytes]:
+def read_answer(client: socket.socket, *, has_body: bool = True) -> tuple[int, dict[bytes, bytes], bytes]:
     """One answer with a Content-Length, from a connection that may stay open."""
     found = b""
     while b"\r\n\r\n" not in found:
@@ -119,7 +122,7 @@ def read_answer(client: socket.socket) -> tuple[int, dict[bytes, bytes], bytes]:
         found += chunk
     lines = found[:-4].split(b"\r\n")
     headers = {name.lower(): value.strip() for name, _, value in (line.partition(b":") for line in lines[1:])}
-    size, body = int(headers.get(b"content-length", b"0")), b""
+    size, body = int(headers.get(b"content-length", b"0")) if has_body else 0, b""
     while len(body) < size:
         chunk = client.recv(size - len(body))
         assert chunk, "hung up in the middle of a body"
@@ -129,6 +132,4 @@ def read_answer(client: socket.socket) -> tuple[int, dict[bytes, bytes], bytes]:
 
 def statuses(data: bytes) -> list[int]:
     """The statuses of all answers in a stream."""
-    return [int(line.split()[1]) for line in data.split(b"\r\n") if line.startswith(b"HTTP/1.1 ")] + [
-        int(part.split()[0]) for part in data.split(b"HTTP/1.1 ")[1:] if not data.startswith(b"HTTP/1.1 ")
-    ]
+    return [int(part.split()[0]) for part in data.split(b"HTTP/1.1 ")[1:]]

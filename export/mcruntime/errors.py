@@ -54,6 +54,10 @@ class DataError(InputError):
     """A folder, a class or an image."""
 
 
+class ImageTooLargeError(DataError):
+    """An image of more pixels than allowed."""
+
+
 class WiringError(InputError):
     """This backbone cannot be wired the way it was asked."""
 

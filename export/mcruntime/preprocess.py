@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
-from mcruntime.errors import DataError
+from mcruntime.errors import DataError, ImageTooLargeError
 
 MAX_PIXELS = 64_000_000  # a 50-megapixel photograph passes; decoded as RGB this is 192 MB
 FORMATS = ("JPEG", "PNG", "WEBP")  # few decoders, few holes
@@ -49,19 +49,22 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     The number of pixels is read from the header and checked before anything is decoded.
 
     Raises:
-        DataError: not such an image, cut short, damaged, or more than ``max_pixels``.
+        DataError: not such an image, cut short, damaged.
+        ImageTooLargeError: more than ``max_pixels``.
     """
     if not data:
         raise DataError("the image is empty (0 bytes); send a JPEG, PNG or WebP file")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise DataError(f"the image has more than {max_pixels} pixels; send a smaller one") from None
+        raise ImageTooLargeError(f"the image has more than {max_pixels} pixels; send a smaller one") from None
     except DECODE_ERRORS:
         raise DataError("the bytes are not an image that can be read; send a JPEG, PNG or WebP file") from None
     width, height = image.size
     if width * height > max_pixels:
-        raise DataError(f"the image has {width} x {height} pixels, more than {max_pixels}; send a smaller one")
+        raise ImageTooLargeError(
+            f"the image has {width} x {height} pixels, more than {max_pixels}; send a smaller one"
+        )
     try:
         image.load()
     except DECODE_ERRORS:
@@ -69,16 +72,17 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     return image
 
 
-def prepare(image: Image.Image, how: Preprocessing) -> NDArray[np.float32]:
+def prepare(image: Image.Image, how: Preprocessing, max_pixels: int = MAX_PIXELS) -> NDArray[np.float32]:
     """Resize the shorter side to ``image_size / crop_pct``, crop the centre, scale to 0..1, normalise.
 
     Returns:
         [3, image_size, image_size] float32, channels in the order R, G, B.
 
     Raises:
-        DataError: an image so long and thin that resizing it would take more than ``MAX_PIXELS``.
+        ImageTooLargeError: an image so long and thin that it would be resized to more than ``max_pixels``.
     """
-    image = _resize(_to_rgb(image), math.floor(how.image_size / how.crop_pct), RESAMPLING[how.interpolation])
+    shorter = math.floor(how.image_size / how.crop_pct)
+    image = _resize(_to_rgb(image), shorter, RESAMPLING[how.interpolation], max_pixels)
     left = round((image.width - how.image_size) / 2.0)  # half to even, as torchvision
     top = round((image.height - how.image_size) / 2.0)
     image = image.crop((left, top, left + how.image_size, top + how.image_size))
@@ -96,11 +100,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _resize(image: Image.Image, shorter: int, resampling: Image.Resampling) -> Image.Image:
+def _resize(image: Image.Image, shorter: int, resampling: Image.Resampling, max_pixels: int) -> Image.Image:
     """torchvision's ``Resize(int)``: same aspect ratio, longer side rounded down, untouched when it already fits."""
     width, height = image.size
     longer = int(shorter * max(width, height) / min(width, height))
-    if shorter * longer > max(MAX_PIXELS, shorter * shorter):
-        raise DataError(f"the image is too long and thin ({width} x {height} pixels); crop it first")
+    if shorter * longer > max(max_pixels, shorter * shorter):
+        raise ImageTooLargeError(f"the image is too long and thin ({width} x {height} pixels); crop it first")
     size = (shorter, longer) if width <= height else (longer, shorter)
     return image if image.size == size else image.resize(size, resampling)

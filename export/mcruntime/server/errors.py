@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 
-from mcruntime.errors import DataError, InputError, McdeployError
+from mcruntime.errors import DataError, ImageTooLargeError, InputError, McdeployError
 
 RETRY_AFTER_S = 1
 logger = logging.getLogger("mcruntime.server")
@@ -67,7 +67,7 @@ def as_told(error: Exception, request_id: str) -> RequestError:
     if isinstance(error, RequestError):
         return error
     if isinstance(error, DataError):  # an image; its text names no path
-        return RequestError(str(error))
+        return RequestError(str(error), 413 if isinstance(error, ImageTooLargeError) else 400)
     if isinstance(error, McdeployError):
         logger.error("request %s: %s", request_id, error)
         return RequestError("the model could not answer this request", 500)

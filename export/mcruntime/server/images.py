@@ -51,7 +51,7 @@ def decode(data: bytes, how: Preprocessing, max_pixels: int) -> Images:
     Raises:
         DataError: not an image, damaged, or too large.
     """
-    return prepare(open_image(data, max_pixels), how)[np.newaxis]
+    return prepare(open_image(data, max_pixels), how, max_pixels)[np.newaxis]
 
 
 def name_classes(logits_N: Logits, labels: Sequence[str], top: int) -> list[dict[str, Any]]:
