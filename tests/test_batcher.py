@@ -561,3 +561,79 @@ def test_the_times_and_sizes_of_every_run_are_told_before_its_answers(make):
     engine.let_go()
     bad.outcome()
     assert runs[1].failed
+
+
+def here_or_there(make):
+    """A batcher that notes which thread ran what, and is idle."""
+    threads = []
+
+    def infer(images):
+        threads.append(threading.get_ident())
+        return answer_to(images)
+
+    engine = Engine()
+    engine.infer, engine.open = infer, lambda: None
+    batcher = make(engine)[1]
+    until(lambda: batcher._idle == 1)
+    return batcher, threads
+
+
+def announced(batcher, number, size=1):
+    outcomes = []
+    batcher.submit(images_of(number, size), outcomes.append, kick_follows=True)
+    return outcomes
+
+
+def test_a_kick_runs_here_what_is_known_to_be_quick_and_all_that_was_announced_together(make, monkeypatch):
+    batcher, threads = here_or_there(make)
+    first = announced(batcher, 1, size=2)
+    batcher.kick()  # nobody knows yet how long two images take
+    until(lambda: first and batcher._idle == 1)
+    assert threads != [threading.get_ident()]
+    several = [announced(batcher, number) for number in (2, 3)]
+    assert several == [[], []], "nothing runs before the kick"
+    batcher.kick()
+    assert threads[1:] == [threading.get_ident()]
+    for number, (answer,) in zip((2, 3), several, strict=True):
+        assert answer.batch == 2
+        np.testing.assert_array_equal(answer.logits, answer_to(images_of(number)))
+    monkeypatch.setattr("mcruntime.server.batcher.QUICK_S", 0.0)
+    slow = announced(batcher, 4, size=2)
+    batcher.kick()
+    until(lambda: slow)
+    assert threads[-1] != threading.get_ident(), "what takes longer goes to a worker"
+    batcher.kick()  # of nothing
+
+
+def test_a_kick_leaves_the_engine_to_the_worker_that_has_it(make):
+    engine, batcher = make()
+    first = Client(batcher, 1)
+    until(lambda: engine.at_gate)
+    batcher._expected_s[1] = 0.0
+    second = announced(batcher, 2)
+    batcher.kick()
+    assert second == []
+    engine.let_go()
+    engine.let_go()
+    first.check_own()
+    until(lambda: second)
+
+
+def test_closing_waits_for_what_a_kick_runs(make):
+    engine, batcher = make()
+    until(lambda: batcher._idle == 1)
+    batcher._expected_s[1] = 0.0
+    here = announced(batcher, 1)
+    kicker = threading.Thread(target=batcher.kick)
+    kicker.start()
+    until(lambda: engine.at_gate)
+    waiting = Client(batcher, 2)
+    batcher.close()
+    assert not batcher.join(0.05), "the engine is still in use"
+    assert len(engine.at_gate) == 1, "one inference at a time"
+    engine.let_go()
+    engine.let_go()
+    kicker.join(10)
+    assert batcher.join(10)
+    assert len(here) == 1
+    waiting.check_own()

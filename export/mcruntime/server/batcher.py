@@ -12,7 +12,8 @@ Invariants, each held by a property test (tests/test_batcher.py):
 3.  In order: batches are made of the requests that wait longest; nobody is overtaken.
 4.  Bounded batch: a batch holds at most ``max_batch`` images, unless it is one request that alone holds more.
 5.  Bounded queue: at most ``max_queue`` requests wait; one more is refused at once, without waiting.
-6.  No idling: with ``max_delay_s`` = 0, a free worker and a waiting request do not exist at the same time.
+6.  No idling: with ``max_delay_s`` = 0, a free worker and a waiting request do not exist at the same time, but between
+    a ``submit`` that announces a ``kick`` and that kick.
 7.  In time: a request whose deadline has passed is delivered DeadlineError by the next ``expire``, and is not run.
 8.  Alone in error: when a batch fails, its requests are run one by one, so that only the guilty one gets the error.
 9.  Cancelled is gone: a cancelled request is delivered nothing, and is never run if it was still waiting.
@@ -43,6 +44,7 @@ from mcruntime.server.errors import DeadlineError, OverloadedError
 Images = NDArray[np.float32]
 Logits = NDArray[np.float32]
 logger = logging.getLogger("mcruntime.server")
+QUICK_S = 0.003  # an event loop may be held up for that long
 MAX_QUEUED_BYTES = 512 << 20  # of images that wait, all requests of a model together
 
 
@@ -131,6 +133,8 @@ class Batcher:
         self._running: set[Ticket] = set()
         self._idle = 0
         self._closed = False
+        self._is_held = False  # a run in ``kick``'s thread counts as a worker's
+        self._expected_s: dict[int, float] = {}  # of a batch of that many images
         self._local = threading.local()  # one buffer a worker
         self._changed = threading.Condition(threading.Lock())
         self._threads = [threading.Thread(target=self._work, name=f"infer-{i}", daemon=True) for i in range(workers)]
@@ -141,13 +145,21 @@ class Batcher:
     def num_waiting(self) -> int:
         return len(self._queue)
 
-    def submit(self, images: Images, deliver: Callable[[Outcome], None], deadline: float = float("inf")) -> Ticket:
+    def submit(
+        self,
+        images: Images,
+        deliver: Callable[[Outcome], None],
+        deadline: float = float("inf"),
+        *,
+        kick_follows: bool = False,
+    ) -> Ticket:
         """Accept a request.
 
         Args:
             images: [B, C, H, W], checked already; not to be changed until the outcome is there.
             deliver: called once with the outcome.
             deadline: on ``time.monotonic``'s clock.
+            kick_follows: wake no worker; the caller will call ``kick`` in a moment, maybe for several requests.
 
         Raises:
             OverloadedError: ``max_queue`` requests wait already.
@@ -164,9 +176,32 @@ class Batcher:
                 raise OverloadedError
             self._queue.append(ticket)
             self._queued_bytes += images.nbytes
-            if self._idle:
+            if self._idle and not kick_follows:
                 self._changed.notify()
         return ticket
+
+    def kick(self) -> None:
+        """Start what was submitted with ``kick_follows``: here and now if nothing else runs and it takes no longer than
+        ``QUICK_S``, as earlier runs of that size say; else in a worker. Two changes of thread cost as much as a small
+        model takes."""
+        with self._changed:
+            if not self._queue or not self._idle:
+                return
+            images = sum(len(ticket.images) for ticket in self._queue)
+            is_alone = self._idle == self.num_workers and self.max_delay_s == 0 and not self._closed
+            if not is_alone or self._expected_s.get(images, QUICK_S * 2) > QUICK_S:
+                self._changed.notify(min(self._idle, len(self._queue)))
+                return
+            batch, late = self._take_waiting()
+            self._is_held = True
+        for ticket in late:
+            ticket.deliver(DeadlineError())
+        if batch:
+            self._run(batch)
+        with self._changed:
+            self._is_held = False
+            if self._queue or self._closed:
+                self._changed.notify_all()
 
     def cancel(self, ticket: Ticket) -> bool:
         """Forget a request. False: its outcome was delivered already, or is being delivered."""
@@ -224,11 +259,11 @@ class Batcher:
         with self._changed:
             while True:
                 wait_s: float | None = None
-                if self._queue:
+                if self._queue and not self._is_held:
                     wait_s = self._still_to_wait()
                     if wait_s <= 0:
                         return *self._take_waiting(), True
-                elif self._closed:
+                elif self._closed and not self._is_held:
                     return [], [], False
                 self._idle += 1
                 self._changed.wait(wait_s)
@@ -274,6 +309,9 @@ class Batcher:
         except Exception as error:
             failure = error
         ended = time.monotonic()
+        if failure is None and sum(sizes) <= self.max_batch:
+            before = self._expected_s.get(sum(sizes), ended - started)
+            self._expected_s[sum(sizes)] = before + (ended - started - before) / 4
         if failure is not None and len(batch) > 1:
             for ticket in batch:
                 if ticket.state is State.TAKEN:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -63,6 +64,7 @@ class Model:
         self.batcher = Batcher(infer, on_run=lambda ran: self.statistics.ran(ran), **batching)
         self._release = release
         self._watched_by: asyncio.AbstractEventLoop | None = None
+        self._is_kicking = False
 
     async def infer(self, images: Images, timeout_s: float) -> Answer:
         """The answer of the engine, in the batch that the moment makes.
@@ -80,13 +82,21 @@ class Model:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Answer] = loop.create_future()
 
+        thread = threading.get_ident()
+
         def deliver(outcome: Outcome) -> None:
+            if threading.get_ident() == thread:
+                _settle(future, outcome)
+                return
             try:
                 loop.call_soon_threadsafe(_settle, future, outcome)
             except RuntimeError:  # the loop is closed: nobody is left to be told
                 logger.debug("an answer came after the end")
 
-        ticket = self.batcher.submit(images, deliver, time.monotonic() + timeout_s)
+        ticket = self.batcher.submit(images, deliver, time.monotonic() + timeout_s, kick_follows=True)
+        if not self._is_kicking:
+            self._is_kicking = True
+            loop.call_soon(self._kick)  # after all requests that are there now
         if self._watched_by is not loop:
             self._watched_by = loop
             loop.call_later(TICK_S, self._tick, loop)
@@ -108,6 +118,10 @@ class Model:
         self.batcher.close()
         self.batcher.join()
         self._release()
+
+    def _kick(self) -> None:
+        self._is_kicking = False
+        self.batcher.kick()
 
     def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
         if self.batcher.expire():
