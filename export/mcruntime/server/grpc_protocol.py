@@ -84,7 +84,7 @@ def parse_infer(message: Any, spec: ModelSpec) -> InferRequest:
             f"expected 1 inputs but got {len(message.inputs)} inputs for model '{spec.name}'. Got input(s) {names}, "
             f"but missing required input(s) ['{spec.input_name}']. Please provide all required input(s)."
         )
-    timeout_s = timeout_of(read_parameters(message.parameters))
+    timeout_s = timeout_of(read_parameters(message.parameters)) if message.parameters else None
     wish = _wish(message.outputs, spec)
     images = _images(message.inputs[0], message.raw_input_contents, spec)
     return InferRequest(message.id, images, wish, timeout_s, bool(message.id))
@@ -112,13 +112,16 @@ def _wish(outputs: Sequence[Any], spec: ModelSpec) -> Wish:
         check_output(output.name, spec)
     if len(outputs) > 1:
         raise RequestError(f"output '{spec.output_name}' is requested more than once for model '{spec.name}'")
-    parameters = read_parameters(outputs[0].parameters) if outputs else {}
+    if not outputs:
+        return Wish(binary=True)
+    parameters = read_parameters(outputs[0].parameters)
     refuse_shared_memory(parameters)
     return Wish(binary=True, top_k=top_k_of(parameters["classification"]) if "classification" in parameters else 0)
 
 
 def _images(tensor: Any, raw: Sequence[bytes], spec: ModelSpec) -> Images:
-    refuse_shared_memory(read_parameters(tensor.parameters))
+    if tensor.parameters:
+        refuse_shared_memory(read_parameters(tensor.parameters))
     check_input(tensor.name, tensor.datatype, list(tensor.shape), spec)
     data = _bytes_of(tensor, raw, spec)
     batch = tensor.shape[0]

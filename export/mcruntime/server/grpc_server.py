@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -54,13 +54,11 @@ MAX_AHEAD = 32  # requests of one stream that may be in flight
 MAX_WATCHERS = 64  # of health, which needs no key
 WATCH_S = 0.25  # how often a watcher looks
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
-OPEN_TO_ALL = frozenset(
-    {f"/{HEALTH}/Check", f"/{HEALTH}/Watch", f"/{oip.SERVICE}/ServerLive", f"/{oip.SERVICE}/ServerReady"}
-)
-WORK = frozenset(
-    f"/{oip.SERVICE}/{name}"
-    for name in ("ModelInfer", "ModelStreamInfer", "RepositoryIndex", "RepositoryModelLoad", "RepositoryModelUnload")
-)
+CHECK, WATCH = f"/{HEALTH}/Check", f"/{HEALTH}/Watch"
+INFER, STREAM = f"/{oip.SERVICE}/ModelInfer", f"/{oip.SERVICE}/ModelStreamInfer"
+OPEN_TO_ALL = frozenset({CHECK, WATCH, f"/{oip.SERVICE}/ServerLive", f"/{oip.SERVICE}/ServerReady"})
+REPOSITORY = ("RepositoryIndex", "RepositoryModelLoad", "RepositoryModelUnload")
+WORK = frozenset({INFER, STREAM, *(f"/{oip.SERVICE}/{name}" for name in REPOSITORY)})
 
 Handle = Callable[[Any, Request], Awaitable[Any]]  # a message and its call -> the answer's message
 
@@ -89,12 +87,11 @@ async def start(app: App, options: ServerOptions) -> GrpcServer:
     Raises:
         InputError: the address cannot be listened on, or a TLS file is not what it should be.
     """
-    server = grpc.aio.server(interceptors=[_Door(app, options)], options=_channel_options(options))
-    _Service(app).add_to(server)
-    health = _Health(app)
-    health.add_to(server)
-    names = (oip.SERVICE, HEALTH, reflection.SERVICE_NAME)
-    reflection.enable_server_reflection(names, server, pool=_pool_of_all())
+    arrivals = _Arrivals(options.body_timeout_s)
+    health = _Health(app, arrivals)
+    handlers = {**_Service(app, arrivals).handlers(), **health.handlers(), **_reflection_handlers()}
+    server = grpc.aio.server(options=_channel_options(options))
+    server.add_generic_rpc_handlers((_Door(app, handlers),))
     address = f"[{options.host}]" if ":" in options.host else options.host
     try:
         port = _open_port(server, f"{address}:{options.grpc_port}", options)
@@ -131,26 +128,41 @@ def _open_port(server: Any, address: str, options: ServerOptions) -> int:
     return int(server.add_secure_port(address, credentials))
 
 
-def _pool_of_all() -> Any:
+def _reflection_handlers() -> dict[str, Any]:
+    """Reflection, which describes all services; its own pool knows those of others, too."""
     pool = DescriptorPool()
     for file in (oip.POOL.FindFileContainingSymbol(oip.SERVICE), health_pb2.DESCRIPTOR, reflection_pb2.DESCRIPTOR):
         pool.AddSerializedFile(file.serialized_pb)
-    return pool
+    names = (oip.SERVICE, HEALTH, reflection.SERVICE_NAME)
+    handler = grpc.stream_stream_rpc_method_handler(
+        reflection.aio.ReflectionServicer(names, pool=pool).ServerReflectionInfo,
+        reflection_pb2.ServerReflectionRequest.FromString,
+        reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    return {f"/{reflection.SERVICE_NAME}/ServerReflectionInfo": handler}
 
 
 # ------------------------------------------------------------------------------------------------------------- the door
 
 
-class _Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
-    """What holds for every call, before its message is read."""
+class _Door(grpc.GenericRpcHandler):  # type: ignore[misc]
+    """What holds for every call, before its message is read.
 
-    def __init__(self, app: App, options: ServerOptions) -> None:
+    Not an interceptor, which would cost every call three coroutines more.
+
+    Args:
+        handlers: of all methods of all services, by path.
+    """
+
+    def __init__(self, app: App, handlers: Mapping[str, Any]) -> None:
         self._app = app
-        self._max_calls = options.max_connections
+        self._handlers = handlers
+        self._max_calls = app.options.max_connections
         self._calls = 0
 
-    async def intercept_service(self, continuation: Any, details: Any) -> Any:
-        task = asyncio.current_task()
+    def service(self, details: Any) -> Any:
+        """What answers a call; None: there is no such method."""
+        task = asyncio.current_task()  # grpc's own, of this one call
         assert task is not None
         self._calls += 1
         task.add_done_callback(self._left)
@@ -161,7 +173,7 @@ class _Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             return self._refuse(path, UnavailableError("the server is shutting down"))
         if self._calls > self._max_calls:
             return self._refuse(path, OverloadedError("too many calls at the same time; try again"))
-        return await continuation(details)
+        return self._handlers.get(path)
 
     def _left(self, task: Any) -> None:
         self._calls -= 1
@@ -170,26 +182,58 @@ class _Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         """A handler that reads nothing; on the wire it fits every kind of method."""
 
         async def refuse(requests: Any, context: Any) -> None:
-            call = _call_of(path, context, self._app)
-            await _abort(self._app, call, context, error, time.perf_counter())
+            await _abort(self._app, _call_to(path), context, error, time.perf_counter())
 
         return grpc.stream_stream_rpc_method_handler(refuse)
 
 
-async def _read_one(context: Any, timeout_s: float) -> bytes:
-    """The message of a call that has one.
+class _Arrivals:
+    """Reads the messages of calls that have one, and gives up on those that do not arrive in time.
 
-    Raises:
-        RequestError: 400, there is none; 504, it did not arrive in time.
+    With one timer for all: one for each call would cost more than its parsing.
     """
-    try:
-        async with asyncio.timeout(timeout_s):
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._since: dict[asyncio.Task[Any], float] = {}  # who waits, the oldest first, on the loop's clock
+        self._late: set[asyncio.Task[Any]] = set()
+        self._is_watched = False
+
+    async def read(self, context: Any) -> bytes:
+        """The message of a call.
+
+        Raises:
+            RequestError: 400, there is none; 504, it did not arrive in time.
+        """
+        task, loop = asyncio.current_task(), asyncio.get_running_loop()
+        assert task is not None
+        self._since[task] = loop.time()
+        if not self._is_watched:
+            self._is_watched = True
+            loop.call_later(self._timeout_s, self._sweep, loop)
+        try:
             data = await context.read()
-    except TimeoutError:
-        raise DeadlineError(f"the request did not arrive within {timeout_s:g} s") from None
-    if data is grpc.aio.EOF:
-        raise RequestError("the call has no request")
-    return bytes(data)
+        except asyncio.CancelledError:
+            if task not in self._late:
+                raise
+            self._late.discard(task)
+            task.uncancel()
+            raise DeadlineError(f"the request did not arrive within {self._timeout_s:g} s") from None
+        finally:
+            del self._since[task]
+        if data is grpc.aio.EOF:
+            raise RequestError("the call has no request")
+        return bytes(data)
+
+    def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:
+        for task, since in self._since.items():
+            if since + self._timeout_s > loop.time():
+                loop.call_at(since + self._timeout_s, self._sweep, loop)
+                return
+            if task not in self._late:
+                self._late.add(task)
+                task.cancel()
+        self._is_watched = False
 
 
 # ---------------------------------------------------------------------------------------------------------- the service
@@ -198,13 +242,14 @@ async def _read_one(context: Any, timeout_s: float) -> bytes:
 class _Service:
     """The methods of the protocol: each one gets a parsed message and answers one."""
 
-    def __init__(self, app: App) -> None:
+    def __init__(self, app: App, arrivals: _Arrivals) -> None:
         self._app = app
+        self._arrivals = arrivals
         self._models = app.models
         self._messages = oip.methods()
 
-    def add_to(self, server: Any) -> None:
-        """Offer all methods on a server that does not run yet."""
+    def handlers(self) -> dict[str, Any]:
+        """Of all methods, by path."""
         unary: dict[str, Handle] = {
             "ServerLive": self._live,
             "ServerReady": self._ready,
@@ -219,23 +264,27 @@ class _Service:
             "RepositoryModelUnload": self._unload,
         }
         handlers = {
-            name: grpc.stream_unary_rpc_method_handler(partial(self._serve, name, handle))
+            f"/{oip.SERVICE}/{name}": grpc.stream_unary_rpc_method_handler(
+                partial(self._serve, f"/{oip.SERVICE}/{name}", self._messages[name][0], handle)
+            )
             for name, handle in unary.items()
         }
-        handlers["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(self._stream)
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(oip.SERVICE, handlers),))
+        handlers[STREAM] = grpc.stream_stream_rpc_method_handler(self._stream)
+        return handlers
 
-    async def _serve(self, name: str, handle: Handle, requests: Any, context: Any) -> bytes:
+    async def _serve(self, path: str, request_class: Any, handle: Handle, requests: Any, context: Any) -> bytes:
         """One call with one message each way."""
         began = time.perf_counter()
-        call = _call_of(f"/{oip.SERVICE}/{name}", context, self._app)
-        is_work = call.path in WORK
+        call = _call_to(path)
+        is_work = path in WORK
         self._app.in_flight += is_work
         try:
-            data = await _read_one(context, self._app.options.body_timeout_s)
+            data = await self._arrivals.read(context)
+            if path != INFER:  # where nobody looks at them
+                _introduce(call, context, self._app)
             with Lease(self._app.budget) as lease:
                 lease.take(len(data))
-                answer = await handle(read_message(self._messages[name][0], data), call)
+                answer = await handle(read_message(request_class, data), call)
             packed: bytes = answer.SerializeToString()
         except asyncio.CancelledError:
             _observe(self._app, call, context, 499, "the client cancelled the call", began)
@@ -275,7 +324,7 @@ class _Service:
         """The answer to one request of a stream; an error is an answer, too, and the stream goes on."""
         request_class, answer_class = self._messages["ModelStreamInfer"]
         began = time.perf_counter()
-        call = _call_of(f"/{oip.SERVICE}/ModelStreamInfer", context, self._app)
+        call = _call_to(STREAM)
         message, status, text = request_class(), 200, ""
         self._app.in_flight += 1
         try:
@@ -290,6 +339,7 @@ class _Service:
             status, text = 499, "the client cancelled the call"
             raise
         except Exception as error:
+            _introduce(call, context, self._app)
             told = as_told(error, call.id)
             self._app.count_failure(call.model, call.version, told.status)
             status, text = told.status, str(told)
@@ -384,22 +434,22 @@ class _Service:
 class _Health:
     """grpc.health.v1: serving as soon as, and as long as, the HTTP side calls itself ready."""
 
-    def __init__(self, app: App) -> None:
+    def __init__(self, app: App, arrivals: _Arrivals) -> None:
         self._app = app
+        self._arrivals = arrivals
         self._watchers = 0
         self.stopping = False
 
-    def add_to(self, server: Any) -> None:
-        """Offer both methods on a server that does not run yet."""
-        handlers = {
-            "Check": grpc.stream_unary_rpc_method_handler(self._check),
-            "Watch": grpc.stream_stream_rpc_method_handler(self._watch),
+    def handlers(self) -> dict[str, Any]:
+        """Of both methods, by path."""
+        return {
+            CHECK: grpc.stream_unary_rpc_method_handler(self._check),
+            WATCH: grpc.stream_stream_rpc_method_handler(self._watch),
         }
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(HEALTH, handlers),))
 
     async def _check(self, requests: Any, context: Any) -> bytes:
         """The state now; NOT_FOUND for a service that this server does not have."""
-        began, call = time.perf_counter(), _call_of(f"/{HEALTH}/Check", context, self._app)
+        began, call = time.perf_counter(), _call_to(CHECK)
         try:
             status = self._status(await self._service(context))
             if status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN:
@@ -411,7 +461,7 @@ class _Health:
 
     async def _watch(self, requests: Any, context: Any) -> None:
         """The state now and whenever it changes."""
-        began, call = time.perf_counter(), _call_of(f"/{HEALTH}/Watch", context, self._app)
+        began, call = time.perf_counter(), _call_to(WATCH)
         self._watchers += 1
         try:
             if self._watchers > MAX_WATCHERS:
@@ -430,7 +480,7 @@ class _Health:
 
     async def _service(self, context: Any) -> str:
         """The name that a client asks for."""
-        data = await _read_one(context, self._app.options.body_timeout_s)
+        data = await self._arrivals.read(context)
         return str(read_message(health_pb2.HealthCheckRequest, data).service)
 
     def _status(self, service: str) -> Any:
@@ -456,10 +506,16 @@ def _headers(metadata: Iterable[tuple[str, str | bytes]]) -> dict[bytes, bytes]:
     return {key.encode(): value if isinstance(value, bytes) else value.encode() for key, value in metadata or ()}
 
 
-def _call_of(path: str, context: Any, app: App) -> Request:
-    """What is known of a call before its message is read."""
-    headers = _headers(context.invocation_metadata())
-    return Request("POST", path, b"", headers, _no_body, id=app.id_of(headers))
+def _call_to(path: str) -> Request:
+    """A call that has just come."""
+    return Request("POST", path, b"", {}, _no_body)
+
+
+def _introduce(call: Request, context: Any, app: App) -> None:
+    """Read what stands in a call's metadata, which most calls are answered without."""
+    if not call.id:
+        call.headers = _headers(context.invocation_metadata())
+        call.id = app.id_of(call.headers)
 
 
 async def _no_body() -> bytes:
@@ -472,6 +528,7 @@ async def _abort(app: App, call: Request, context: Any, error: Exception, began:
     Raises:
         grpc.aio.AbortError: always.
     """
+    _introduce(call, context, app)
     told = as_told(error, call.id)
     app.count_failure(call.model, call.version, told.status)
     _observe(app, call, context, told.status, str(told), began)
@@ -486,6 +543,7 @@ def _observe(app: App, call: Request, context: Any, status: int, error: str, beg
     app.grpc_answered[status] += 1
     if not app.is_observed(status):
         return
+    _introduce(call, context, app)
     seconds = time.perf_counter() - began
     seen = Seen(
         protocol="grpc",
