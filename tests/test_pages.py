@@ -175,7 +175,8 @@ def test_the_facts_are_those_of_the_bundle(app):
 def test_no_path_of_any_machine_is_among_the_facts(tmp_path):
     row = {"model": "fp32", "provider": "cpu", "threads": 1, "batch": 1, "p50_ms": 1.0, "low_ms": 1.0, "high_ms": 1.0,
            "images_per_second": 1.0, "machine": {"cpu": "x", "python": "/usr/bin/python"}}  # fmt: skip
-    bundle = bundle_with(tmp_path / "tiny", latency=(Latency.model_validate(row),))
+    recipe = {**RECIPE, "model": {"backbone": "/home/somebody/net"}}
+    bundle = bundle_with(tmp_path / "tiny", recipe=recipe, latency=(Latency.model_validate(row),))
     with served(Target(bundle, "tiny")) as app:
         text = ask(app, "GET", "/v2/models/tiny/about").text
     assert '"machine":{"cpu":"x"}' in text
