@@ -406,7 +406,21 @@ def run_perf_analyzer(program: str) -> bool:
 
 def _perf_run(program: str, mode: list[str], port: int, table: Path) -> dict[str, Any]:
     table.unlink(missing_ok=True)
-    options = ["-m", "tiny", *mode, "--concurrency-range", "1:8:7", "-p", "1000", "-r", "10", "-s", "75"]
+    options = [
+        "-m",
+        "tiny",
+        *mode,
+        "--concurrency-range",
+        "1:8:7",
+        "-p",
+        "1000",
+        "-r",
+        "10",
+        "-s",
+        "50",
+        "--percentile",
+        "50",
+    ]
     done = subprocess.run(
         [program, *options, "-u", f"127.0.0.1:{port}", "-f", str(table)],
         capture_output=True, text=True, check=False, timeout=300,

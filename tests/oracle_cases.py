@@ -75,6 +75,13 @@ def one_pixel(value: float) -> NDArray[np.float32]:
     return image
 
 
+def far_too_large() -> NDArray[np.float32]:
+    """An image whose numbers are finite, and its logits are not: ``perf_analyzer`` sends such."""
+    image = np.zeros((1, 3, 8, 8), dtype=np.float32)
+    image[0, 0] = 3e38
+    return image
+
+
 def tensor(array: NDArray[Any] | None = None, **changes: Any) -> dict[str, Any]:
     """The input as JSON; ``changes`` replace members, None removes one."""
     array = images() if array is None else array
@@ -353,6 +360,9 @@ REST_CASES: dict[str, tuple[Step, ...]] = {
     "infer, NaN": (Step(body=_dump({"inputs": [tensor(data=[float("nan")] + [0.0] * 191)]})),),
     "infer, number beyond FP32": (as_json([tensor(data=[1e300] + [0.0] * 191)]),),
     "infer, binary NaN": (as_binary(one_pixel(np.nan)),),
+    "infer, numbers far too large": (as_json([tensor(far_too_large())]),),
+    "infer, numbers far too large, binary": (as_binary(far_too_large(), parameters={"binary_data_output": True}),),
+    "infer, numbers far too large, classification": (as_binary(far_too_large(), outputs=output(classification=1)),),
     "infer, id is a number": (as_json(id=5),),
     "infer, parameter is a list": (as_json(parameters={"x": [1]}),),
     "infer, parameters are no object": (as_json(parameters=[1]),),
@@ -453,6 +463,9 @@ GRPC_CASES: dict[str, tuple[Call, ...]] = {
     "infer, parameters": infer(
         grpc_infer(parameters={"priority": {"int64_param": 0}, "timeout": {"int64_param": 10_000_000}})
     ),
+    "infer, numbers far too large": infer(grpc_infer(far_too_large())),
+    "infer, numbers far too large, classification": infer(grpc_infer(far_too_large(), outputs=grpc_output(1))),
+    "infer, priority that is no number": infer(grpc_infer(parameters={"priority": {"string_param": "high"}})),
     "classification": infer(grpc_infer(images(2), outputs=grpc_output(2))),
     "classification, more than there are classes": infer(grpc_infer(outputs=grpc_output(9))),
     "infer, raw beside contents": infer(grpc_infer(inputs=[grpc_input(in_place=True)])),
@@ -611,6 +624,7 @@ WORDS = "Triton answers in the words of its JSON library; ours says what is expe
 OTHER_CHECK = "the same is refused, but something else about it is noticed first"
 RAW = "Triton calls the input of a raw request by an internal name; ours says how many bytes are missing or too many"
 FINITE = "NaN and infinite values are refused: no classifier answers anything sensible to them"
+INFINITE = "JSON has no word for infinity, and classes no order by it; binary output is as Triton's"
 SMALL = "answers of less than 512 bytes are not packed: packing costs more than it saves"
 ABSENT = "this server has neither shared memory nor trace or log settings for clients, and does not say that it has"
 NOT_FOUND = "a model that is not there is not found, whatever is asked about it"
@@ -726,32 +740,6 @@ DIFFERENCES: dict[str, dict[str, Difference]] = {
             },
         ),
         **because(
-            "to be brought in line with Triton",
-            {
-                "index": {"json": [{"name": "tiny", "version": "1", "state": "READY", "reason": ""}]},
-                "index, ready only": {"json": [{"name": "tiny", "version": "1", "state": "READY", "reason": ""}]},
-                "infer, empty id": {
-                    "json": {
-                        "id": "",
-                        "model_name": "tiny",
-                        "model_version": "1",
-                        "outputs": [
-                            {
-                                "name": "logits",
-                                "datatype": "FP32",
-                                "shape": [1, 4],
-                                "data": [-0.27734375, 0.2470703125, 0.0302734375, 0.2666015625],
-                            }
-                        ],
-                    }
-                },
-                "classification, none": says("parameter 'classification' must be a whole number of at least 1", 400),
-                "infer, FP16 in JSON": says(
-                    "sending FP16 data via JSON is not supported. Please use the binary data format for input 'image'"
-                ),
-            },
-        ),
-        **because(
             NOT_FOUND,
             {"unload and load": says("Request for unknown model: 'tiny' has no available versions", 404)},
             step=6,
@@ -783,6 +771,10 @@ DIFFERENCES: dict[str, dict[str, Difference]] = {
             },
         ),
         **because(
+            "who asks for no classes does not ask for a classification",
+            {"classification, none": says("parameter 'classification' must be a whole number of at least 1", 400)},
+        ),
+        **because(
             WORDS,
             {
                 "classification, negative": says("parameter 'classification' must be a whole number of at least 1"),
@@ -802,12 +794,12 @@ DIFFERENCES: dict[str, dict[str, Difference]] = {
                 "infer, an input that is no object": says(
                     "failed to parse the request JSON buffer: 'inputs' must be an array of objects"
                 ),
-                "infer, input without a name": says("unexpected inference input (NoneType) for model 'tiny'"),
+                "infer, input without a name": says("unexpected inference input (not a text) for model 'tiny'"),
                 "infer, input without a shape": says(
                     "failed to parse the request JSON buffer: 'shape' must be an array of integers"
                 ),
                 "infer, input without a type": says(
-                    "inference input 'image' data-type is (NoneType), but model 'tiny' expects 'FP32'"
+                    "inference input 'image' data-type is (not a text), but model 'tiny' expects 'FP32'"
                 ),
                 "infer, input without data": says("input 'image' for model 'tiny' needs 'data', an array of numbers"),
                 "infer, outputs are no array": says(
@@ -838,21 +830,7 @@ DIFFERENCES: dict[str, dict[str, Difference]] = {
                 "infer, parameters are no object": says(
                     "failed to parse the request JSON buffer: 'parameters' must be an object"
                 ),
-                "infer, priority is text": {
-                    "status": 200,
-                    "json": {
-                        "model_name": "tiny",
-                        "model_version": "1",
-                        "outputs": [
-                            {
-                                "name": "logits",
-                                "datatype": "FP32",
-                                "shape": [1, 4],
-                                "data": [-0.27734375, 0.2470703125, 0.0302734375, 0.2666015625],
-                            }
-                        ],
-                    },
-                },
+                "infer, priority is text": says("parameter 'priority' must be a whole number of at least 0"),
                 "infer, timeout is negative": says("parameter 'timeout' must be a whole number of microseconds"),
                 "infer, binary_data_output is text": says("parameter 'binary_data_output' must be true or false"),
                 "infer, binary_data is text": says("parameter 'binary_data' must be true or false"),
@@ -876,15 +854,8 @@ DIFFERENCES: dict[str, dict[str, Difference]] = {
             OTHER_CHECK,
             {
                 "binary, no size": says("unexpected additional input data for model 'tiny'"),
-                "infer, zero inputs": says(
-                    "[request id: <id_unknown>] expected 1 inputs but got 0 inputs for model 'tiny'. "
-                    "Got input(s) [], but missing required input(s) ['image']. Please provide all "
-                    "required input(s)."
-                ),
                 "infer, the input twice": says(
-                    "[request id: <id_unknown>] expected 1 inputs but got 2 inputs for model 'tiny'. "
-                    "Got input(s) ['image', 'image'], but missing required input(s) ['image']. Please"
-                    " provide all required input(s)."
+                    "expected 1 inputs but got 2 inputs for model 'tiny'. Send 'image' alone."
                 ),
                 "infer, no such type": says(
                     "inference input 'image' data-type is 'FLOAT', but model 'tiny' expects 'FP32'"
@@ -945,9 +916,7 @@ DIFFERENCES: dict[str, dict[str, Difference]] = {
             "Triton lists a missing input that is none",
             {
                 "infer, an input too many": says(
-                    "[request id: <id_unknown>] expected 1 inputs but got 2 inputs for model 'tiny'. "
-                    "Got input(s) ['image', 'other'], but missing required input(s) ['image']. Please"
-                    " provide all required input(s)."
+                    "expected 1 inputs but got 2 inputs for model 'tiny'. Send 'image' alone."
                 )
             },
         ),
@@ -957,6 +926,17 @@ DIFFERENCES: dict[str, dict[str, Difference]] = {
                 "infer, NaN": says("failed to parse the request JSON buffer: ...", 400),
                 "infer, number beyond FP32": says("input 'image' for model 'tiny' holds NaN or infinite values", 400),
                 "infer, binary NaN": says("input 'image' for model 'tiny' holds NaN or infinite values", 400),
+            },
+        ),
+        **because(
+            INFINITE,
+            {
+                "infer, numbers far too large": says(
+                    "the answer of 'tiny' is NaN or infinite, since numbers of its input are far too large", 400
+                ),
+                "infer, numbers far too large, classification": says(
+                    "the answer of 'tiny' is NaN or infinite, since numbers of its input are far too large", 400
+                ),
             },
         ),
     },
@@ -986,6 +966,26 @@ DIFFERENCES: dict[str, dict[str, Difference]] = {
                 "statistics, unknown model": {
                     "code": "NOT_FOUND",
                     "details": ("Request for unknown model: 'nope' is not found"),
+                }
+            },
+        ),
+        **because(
+            INFINITE,
+            {
+                "infer, numbers far too large, classification": {
+                    "code": "INVALID_ARGUMENT",
+                    "details": (
+                        "the answer of 'tiny' is NaN or infinite, since numbers of its input are far too large"
+                    ),
+                    "json": None,
+                }
+            },
+        ),
+        **because(
+            "ours says it as over REST, and takes the number as a text, too",
+            {
+                "infer, priority that is no number": {
+                    "details": ("parameter 'priority' must be a whole number of at least 0")
                 }
             },
         ),
@@ -1030,7 +1030,13 @@ DIFFERENCES: dict[str, dict[str, Difference]] = {
         ),
         **because(
             "grpc.health.v1 says NOT_FOUND of a service that is not there",
-            {"health of something unknown": {"code": "NOT_FOUND", "details": ("no such service here"), "json": None}},
+            {
+                "health of something unknown": {
+                    "code": "NOT_FOUND",
+                    "details": ("there is no such service here"),
+                    "json": None,
+                }
+            },
         ),
         **because(
             NAME_ONLY,

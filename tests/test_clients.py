@@ -222,6 +222,16 @@ def test_classification_answers_the_best_labels(client, batch):
             assert float(value) == pytest.approx(logits[index], abs=1e-5)
 
 
+@ALL
+def test_an_infinite_answer_to_numbers_far_too_large_is_the_answer(client):
+    images = np.zeros((1, 3, 8, 8), dtype=np.float32)
+    images[0, 0] = 3e38  # finite, but not its sum: perf_analyzer's own data are like this
+    found = client.infer("tiny", client.input(images)).as_numpy("logits")
+    assert not np.isfinite(found).all()
+    normal = some_images(1)
+    assert_logits(client.infer("tiny", client.input(normal)), normal)
+
+
 @HTTP
 def test_classification_may_be_asked_for_in_json(client):
     outputs = client.output(class_count=1, binary_data=False)

@@ -81,6 +81,7 @@ class OnnxRunner:
         cache: with "tensorrt", where engines are kept; None: ``cache_folder("onnxruntime-tensorrt")``. Every model gets
             a folder of its own there, since ONNX Runtime's key ignores the weights
             (https://github.com/microsoft/onnxruntime/issues/6455).
+        finite: refuse logits that are NaN or infinite; off: hand them on, as a server does with what it was sent.
 
     Raises:
         InputError: fewer than 1 thread, an unknown provider or type, batches that are not 1 <= min <= opt <= max.
@@ -97,6 +98,7 @@ class OnnxRunner:
         batches: Batches = DEFAULT_BATCHES,
         types: Types = "fp32",
         cache: Path | None = None,
+        finite: bool = True,
     ) -> None:
         check_batches(batches)
         if threads is not None and threads < 1:
@@ -113,6 +115,7 @@ class OnnxRunner:
         self._batches = batches
         self._types = types
         self._cache = cache
+        self._finite = finite
         self._session: Any = None
         self._input_name = self._output_name = ""
         self._shape: tuple[int | None, ...] = ()  # [B, C, H, W]; None where the model takes any size
@@ -156,7 +159,7 @@ class OnnxRunner:
                 f"{self._name}: TensorRT was set up for batches of {smallest} to {largest}, got {len(images)}; "
                 "give other batches, or split the batch"
             )
-        return check_logits(self._name, self._run(np.ascontiguousarray(images)), len(images))
+        return check_logits(self._name, self._run(np.ascontiguousarray(images)), len(images), finite=self._finite)
 
     def facts(self) -> dict[str, str]:
         import onnxruntime
@@ -344,15 +347,15 @@ def check_images(name: str, images: NDArray[np.float32], shape: tuple[int | None
         raise InputError(f"{name}: the images hold NaN or infinite values; send finite pixels")
 
 
-def check_logits(name: str, logits: NDArray[np.float32], batch: int) -> NDArray[np.float32]:
-    """The logits, once they are [B, N] and finite.
+def check_logits(name: str, logits: NDArray[np.float32], batch: int, *, finite: bool = True) -> NDArray[np.float32]:
+    """The logits, once they are [B, N] and, unless ``finite`` is off, finite.
 
     Raises:
         ParityError: they are not.
     """
     if logits.ndim != 2 or len(logits) != batch:
         raise ParityError(f"{name}: expected logits [{batch}, classes], got {list(logits.shape)}")
-    if not np.isfinite(logits).all():
+    if finite and not np.isfinite(logits).all():
         raise ParityError(f"{name}: an output is NaN or infinite for finite images; export the model again")
     return logits
 

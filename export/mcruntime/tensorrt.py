@@ -502,6 +502,7 @@ class TensorRTRunner:
             version is installed here. It is loaded into this process: take it from NVIDIA's package.
         cold_l2: ``time_on_device`` first overwrites twice the size of the GPU's L2 cache, so that weights and images
             come from the GPU's memory.
+        finite: refuse logits that are NaN or infinite; off: hand them on, as a server does with what it was sent.
     """
 
     def __init__(
@@ -513,6 +514,7 @@ class TensorRTRunner:
         cuda_graphs: bool = True,
         lean_runtime: Path | str | None = None,
         cold_l2: bool = False,
+        finite: bool = True,
     ) -> None:
         self._path = Path(path)
         self._name = name or self._path.stem
@@ -520,6 +522,7 @@ class TensorRTRunner:
         self._cuda_graphs = cuda_graphs
         self._lean_runtime = None if lean_runtime is None else Path(lean_runtime)
         self._cold_l2 = cold_l2
+        self._finite = finite
         self._lock = threading.Lock()
         self._loaded: _Loaded | None = None
         self._facts: dict[str, str] = {}
@@ -587,7 +590,7 @@ class TensorRTRunner:
             loaded = self._check(images)
             loaded.upload(images)
             loaded.launch(len(images))
-            return check_logits(self._name, loaded.download(len(images)), len(images))
+            return check_logits(self._name, loaded.download(len(images)), len(images), finite=self._finite)
 
     def time_on_device(self, images: NDArray[np.float32]) -> float | None:
         """Milliseconds that one inference takes between two CUDA events, without the copies.

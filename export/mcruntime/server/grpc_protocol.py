@@ -23,8 +23,11 @@ from mcruntime.server.tensors import (
     Logits,
     ModelSpec,
     Wish,
+    check_answer,
     check_input,
+    check_input_count,
     check_output,
+    check_priority,
     classify,
     images_from_bytes,
     pack_strings,
@@ -35,7 +38,6 @@ from mcruntime.server.tensors import (
 )
 
 InferResponse = oip.message("ModelInferResponse")
-MAX_NAMED = 8  # names of inputs in an error
 # The datatypes that the fields of ``InferTensorContents`` are for.
 CONTENTS = {
     "bool_contents": "BOOL", "int_contents": "INT32", "int64_contents": "INT64", "uint_contents": "UINT32",
@@ -78,16 +80,15 @@ def parse_infer(message: Any, spec: ModelSpec) -> InferRequest:
     """
     if len(message.id) > MAX_ID:
         raise RequestError(f"'id' is longer than {MAX_ID} characters")
-    if len(message.inputs) != 1:
-        names = [tensor.name[:50] for tensor in message.inputs[:MAX_NAMED]]
-        raise RequestError(
-            f"expected 1 inputs but got {len(message.inputs)} inputs for model '{spec.name}'. Got input(s) {names}, "
-            f"but missing required input(s) ['{spec.input_name}']. Please provide all required input(s)."
-        )
-    timeout_s = timeout_of(read_parameters(message.parameters)) if message.parameters else None
+    check_input_count(message.inputs, spec)
+    timeout_s = None
+    if message.parameters:
+        parameters = read_parameters(message.parameters)
+        check_priority(parameters)
+        timeout_s = timeout_of(parameters)
     wish = _wish(message.outputs, spec)
     images = _images(message.inputs[0], message.raw_input_contents, spec)
-    return InferRequest(message.id, images, wish, timeout_s, bool(message.id))
+    return InferRequest(message.id, images, wish, timeout_s)
 
 
 def format_infer(request: InferRequest, spec: ModelSpec, logits: Logits) -> Any:
@@ -95,9 +96,13 @@ def format_infer(request: InferRequest, spec: ModelSpec, logits: Logits) -> Any:
 
     Args:
         logits: [B, num_classes].
+
+    Raises:
+        RequestError: 400; logits that are not finite are no classes.
     """
     answer = InferResponse(model_name=spec.name, model_version=spec.version, id=request.id)
     if request.wish.top_k:
+        check_answer(logits, spec)
         rows = classify(logits, request.wish.top_k, spec.labels)
         answer.outputs.add(name=spec.output_name, datatype="BYTES", shape=(len(rows), len(rows[0])))
         answer.raw_output_contents.append(pack_strings(rows))

@@ -76,8 +76,8 @@ class Model:
         Raises:
             OverloadedError, DeadlineError: the queue is full; not done in time.
             Closed: the model was unloaded meanwhile; another version may be there.
-            RequestError: the input is finite, but so large that the output is not.
-            McdeployError: the engine failed.
+            McdeployError: the engine failed, or its answer to numbers as images have them is NaN or infinite. To
+                numbers far beyond them it may be; that is then the answer, as in Triton.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Answer] = loop.create_future()
@@ -101,17 +101,14 @@ class Model:
             self._watched_by = loop
             loop.call_later(TICK_S, self._tick, loop)
         try:
-            return await future
-        except ParityError:  # logits that are not finite
-            if float(np.abs(images).max()) <= LARGEST_PIXEL:
-                raise
-            raise RequestError(
-                f"the answer of '{self.spec.name}' is NaN or infinite, since numbers of its input are far too large"
-            ) from None
+            answer = await future
         except asyncio.CancelledError:
             if self.batcher.cancel(ticket):
                 self.statistics.failed("canceled")
             raise
+        if not np.isfinite(answer.logits).all() and float(np.abs(images).max()) <= LARGEST_PIXEL:
+            raise ParityError(f"{self.spec.name}: an answer is NaN or infinite; export the model again")
+        return answer
 
     def close(self) -> None:
         """Answer what was accepted, then let the engine go. Blocks; not for the event loop."""
@@ -299,7 +296,7 @@ class Models:
             entry = self._entries.get(name, Entry(name))
             for version in sorted(known[name], key=int):
                 if version in entry.loaded:
-                    rows.append({"name": name, "version": version, "state": entry.state or "READY", "reason": ""})
+                    rows.append({"name": name, "version": version, "state": entry.state or "READY"})
                 else:
                     reason = entry.reasons.get(version, "not loaded")
                     rows.append(

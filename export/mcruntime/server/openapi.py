@@ -226,7 +226,7 @@ def _repository() -> Tree:
     }
     unloading = {"requestBody": {"content": {"application/json": {"schema": _with_parameters({})}}}}
     asked = _object({"ready": {"type": "boolean", "description": "Only those that are ready."}}, ())
-    row = _object({"name": _TEXT, "version": _TEXT, "state": _TEXT, "reason": _TEXT})
+    row = _object({"name": _TEXT, "version": _TEXT, "state": _TEXT, "reason": _TEXT}, ("name", "version", "state"))
     done = _answer("Done.")
     control = ("model", "X-Control-Key")
     return {

@@ -25,9 +25,12 @@ from mcruntime.server.tensors import (
     Logits,
     ModelSpec,
     Wish,
+    check_answer,
     check_finite,
     check_input,
+    check_input_count,
     check_output,
+    check_priority,
     classify,
     images_from_bytes,
     pack_strings,
@@ -81,8 +84,13 @@ def format_infer(request: InferRequest, spec: ModelSpec, logits: Logits) -> tupl
 
     Args:
         logits: [B, num_classes]; as JSON they are widened to double, flat, row-major.
+
+    Raises:
+        RequestError: 400; logits that are not finite have no form in JSON, nor as classes.
     """
-    answer: dict[str, Any] = {"id": request.id} if request.has_id else {}
+    if request.wish.top_k or not request.wish.binary:
+        check_answer(logits, spec)
+    answer: dict[str, Any] = {"id": request.id} if request.id else {}
     answer |= {"model_name": spec.name, "model_version": spec.version}
     wish = request.wish
     rows = classify(logits, wish.top_k, spec.labels) if wish.top_k else None
@@ -146,15 +154,11 @@ def _parse_tree(tree: dict[str, Any], binary: memoryview, spec: ModelSpec, text:
         raise RequestError(f"'id' is longer than {MAX_ID} characters")
     parameters = check_parameters(tree)
     inputs = _objects(tree, "inputs")
-    if len(inputs) != 1:
-        raise RequestError(
-            f"[request id: {(request_id or '<id_unknown>')[:100]}] expected 1 inputs but got {len(inputs)} inputs "
-            f"for model '{spec.name}'. Got input(s) {[str(item.get('name'))[:50] for item in inputs[:8]]}, "
-            f"but missing required input(s) ['{spec.input_name}']. Please provide all required input(s)."
-        )
+    check_input_count(inputs, spec)
+    check_priority(parameters)
     wish = _wish(tree, parameters, spec)
     images = _images(inputs[0], binary, spec, text)
-    return InferRequest(request_id or "", images, wish, timeout_of(parameters), "id" in tree)
+    return InferRequest(request_id or "", images, wish, timeout_of(parameters))
 
 
 def _wish(tree: dict[str, Any], parameters: dict[str, Any], spec: ModelSpec) -> Wish:
@@ -215,8 +219,8 @@ def _images(tensor: dict[str, Any], binary: memoryview, spec: ModelSpec, text: b
     name, size = tensor.get("name"), parameters.get("binary_data_size")
     if size is None and name == spec.input_name and tensor.get("datatype") in BINARY_ONLY:
         raise RequestError(
-            f"sending {tensor['datatype']} data via JSON is not supported. Please use the binary data format for "
-            f"input '{name}'"
+            f"receiving {tensor['datatype']} data via JSON is not supported. Please use the binary data format for "
+            f"input {name}"
         )
     check_input(name, tensor.get("datatype"), shape, spec)
     if size is None:

@@ -90,6 +90,7 @@ class Shadow:
         with self._lock:
             seen = self._seen.setdefault(version, Comparison())
             fits = images.shape[1:] == self.model.spec.shape and reference.shape[1] == self.model.spec.num_classes
+            fits = fits and bool(np.isfinite(reference).all())  # what infinity differs by is no number
             if not fits or self._waiting_bytes + images.nbytes > MAX_WAITING_BYTES:
                 seen.dropped += 1
                 return

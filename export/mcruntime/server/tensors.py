@@ -65,7 +65,6 @@ class InferRequest:
     images: Images  # [B, C, H, W], finite, 1 <= B <= max_batch_size
     wish: Wish
     timeout_s: float | None = None
-    has_id: bool = False
 
 
 def check_input(name: Any, datatype: Any, shape: Sequence[Any], spec: ModelSpec) -> None:
@@ -123,6 +122,35 @@ def check_finite(images: Images, spec: ModelSpec) -> Images:
     return images
 
 
+def check_answer(logits: Logits, spec: ModelSpec) -> None:
+    """Refuse to write NaN and infinity where there is no form for them: in JSON, and as classes.
+
+    Raises:
+        RequestError: 400.
+    """
+    if not np.isfinite(logits).all():
+        raise RequestError(
+            f"the answer of '{spec.name}' is NaN or infinite, since numbers of its input are far too large"
+        )
+
+
+def check_input_count(names: Sequence[Any], spec: ModelSpec) -> None:
+    """Refuse a request that has not exactly one input.
+
+    Raises:
+        RequestError: 400.
+    """
+    if not names:
+        raise RequestError(
+            f"expected 1 inputs but got 0 inputs for model '{spec.name}'. Got input(s) [], but missing required "
+            f"input(s) ['{spec.input_name}']. Please provide all required input(s)."
+        )
+    if len(names) > 1:
+        raise RequestError(
+            f"expected 1 inputs but got {len(names)} inputs for model '{spec.name}'. Send '{spec.input_name}' alone."
+        )
+
+
 def check_output(name: Any, spec: ModelSpec) -> None:
     """Refuse an output that the model does not have.
 
@@ -152,13 +180,26 @@ def timeout_of(parameters: dict[str, Any]) -> float | None:
     Raises:
         RequestError: 400; not a whole number of at least 0.
     """
-    timeout = parameters.get("timeout", 0)
-    if isinstance(timeout, str) and timeout.isascii() and timeout.isdecimal() and len(timeout) < 20:
-        timeout = int(timeout)
-    timeout = as_whole(timeout)
-    if type(timeout) is not int or not 0 <= timeout < 1 << 64:
-        raise RequestError("parameter 'timeout' must be a whole number of microseconds")
-    return timeout / 1e6 or None
+    return _whole(parameters, "timeout", "a whole number of microseconds") / 1e6 or None
+
+
+def check_priority(parameters: dict[str, Any]) -> None:
+    """Refuse a ``priority`` that is none. There is one level here, as in a Triton that is not told of more.
+
+    Raises:
+        RequestError: 400; not a whole number of at least 0.
+    """
+    _whole(parameters, "priority", "a whole number of at least 0")
+
+
+def _whole(parameters: dict[str, Any], name: str, expected: str) -> int:
+    value: Any = parameters.get(name, 0)
+    if isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) < 20:
+        value = int(value)
+    value = as_whole(value)
+    if type(value) is not int or not 0 <= value < 1 << 64:
+        raise RequestError(f"parameter '{name}' must be {expected}")
+    return int(value)
 
 
 def top_k_of(value: Any) -> int:
@@ -200,4 +241,4 @@ def pack_strings(rows: Sequence[Sequence[str]]) -> bytes:
 
 def quote(value: Any) -> str:
     """A client's value inside a message: short, and only if it is text."""
-    return f"'{value[:100]}'" if isinstance(value, str) else f"({type(value).__name__})"
+    return f"'{value[:100]}'" if isinstance(value, str) else "(not a text)"
