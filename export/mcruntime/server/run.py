@@ -98,6 +98,8 @@ def open_models(targets: Sequence[Target], options: ServerOptions) -> Models:
     try:
         for source in sources():
             print(describe(models.load_first(source)), flush=True)
+        if not models.is_ready():
+            print(f"{options.repository}: holds no bundle yet, so nothing is ready", flush=True)
         for name, shares in options.split.items():
             for version in shares:
                 if version not in models.versions(name):
