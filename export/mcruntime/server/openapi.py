@@ -31,6 +31,11 @@ DESCRIPTION = (
     "classification, model configuration, model repository and statistics. Every error is an object with the one "
     "member 'error', a sentence. Every answer carries X-Request-ID: the one that was sent, if it is short and plain."
 )
+METRICS = (
+    "text/plain; version=0.0.4; charset=utf-8",
+    "text/plain; version=1.0.0; charset=utf-8; escaping=underscores",
+    "application/openmetrics-text; version=1.0.0; charset=utf-8; escaping=underscores",
+)
 REASONS = {
     400: "What was sent is wrong; the sentence says how.",
     401: "An API key is needed.",
@@ -130,7 +135,8 @@ def _server(app: App, page_files: Sequence[str]) -> Tree:
     page = _answer("The page.", _TEXT, kind="text/html; charset=utf-8")
     more: Tree = {}
     if app.serves("/metrics"):
-        text = _answer("In Prometheus' text format.", _TEXT, kind="text/plain; version=0.0.4; charset=utf-8")
+        text = _answer("As Accept asks; Prometheus' text format unless told.")
+        text["content"] = {kind: {"schema": _TEXT} for kind in METRICS}
         more["/metrics"] = {"get": _operation("Server", "Metrics for Prometheus", text)}
     names = {"type": "string", "enum": list(page_files)}
     return {

@@ -221,7 +221,7 @@ export function drawWiring(container, wiring, tell) {
             const path = paths.get(keyOf(edge));
             if (!path) continue;
             path.classList.add(edge.weight > 0 ? "open" : "closed");
-            path.style.strokeWidth = edge.weight > 0 ? 1 + 4 * edge.weight : 1;
+            path.style.strokeWidth = edge.weight > 0 ? 1 + 4 * edge.weight : 2.6;
             const state = edge.weight > 0 ? `open for this image, with a weight of ${edge.weight.toFixed(2)}` : "closed for this image";
             const text = `${nameOf(wiring, edge.to)} reads ${nameOf(wiring, edge.from)}: ${state}`;
             path.querySelector("title").textContent = text;
