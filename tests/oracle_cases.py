@@ -574,7 +574,7 @@ def _platform(path: str, answer: Answer) -> Answer:
 
 _COMMON_RULES = (
     Rule(
-        "Triton names the request in some of its errors; ours in the header X-Request-Id of every answer",
+        "Triton names the request in some of its errors; whoever gets the answer knows which it was",
         _error_text(lambda text: re.sub(r"^\[request id: [^]]*\] ", "", text)),
     ),
     Rule(
@@ -636,6 +636,25 @@ def says(text: str, status: int = 400) -> Answer:
     return {"status": status, "json": {"error": text}}
 
 
+def refuses(text: str, code: str = "INVALID_ARGUMENT") -> Answer:
+    """Another sentence, or code, over gRPC."""
+    return {"code": code, "details": text, "json": None}
+
+
+NOTHING_HERE = says("there is nothing at this path; see /v2 and /docs", 404)
+NO_PARAMETERS = "load takes no parameters here: neither a configuration nor files can be sent to this server"
+FAR_TOO_LARGE = "the answer of 'tiny' is NaN or infinite, since numbers of its input are far too large"
+EXTENSIONS = [
+    "binary_tensor_data",
+    "classification",
+    "model_configuration",
+    "model_repository",
+    "parameters",
+    "schedule_policy",
+    "statistics",
+]
+
+
 def because(why: str, cases: Mapping[str, Answer], step: int = 0) -> dict[str, Difference]:
     """The same reason for several cases."""
     return {name: Difference(why, {step: change}) for name, change in cases.items()}
@@ -675,15 +694,7 @@ DIFFERENCES: dict[str, dict[str, Difference]] = {
                 "server metadata": {
                     "json": {
                         "name": "mcdeploy",
-                        "extensions": [
-                            "binary_tensor_data",
-                            "classification",
-                            "model_configuration",
-                            "model_repository",
-                            "parameters",
-                            "schedule_policy",
-                            "statistics",
-                        ],
+                        "extensions": EXTENSIONS,
                     }
                 }
             },
@@ -711,7 +722,7 @@ DIFFERENCES: dict[str, dict[str, Difference]] = {
             },
         ),
         **because(
-            "the page for people is there",
+            "the page for people is at the root",
             {
                 "root": {
                     "status": 200,
@@ -721,22 +732,25 @@ DIFFERENCES: dict[str, dict[str, Difference]] = {
                 }
             },
         ),
-        **because("KServe's list of models", {"list of models": {"status": 200, "json": {"models": ["tiny"]}}}),
+        **because(
+            "KServe has a list of models there, and so has ours",
+            {"list of models": {"status": 200, "json": {"models": ["tiny"]}}},
+        ),
         **because(
             "an encoded letter in a path is that letter (RFC 3986, 2.3)",
             {"path with an encoded letter": {"status": 200, "json": {"name": "tiny", "ready": True}}},
         ),
         **because(
-            "paths are read decoded, before keys are checked and before they are looked up",
+            "paths are decoded once, at the door; keys are asked for after that, so this is no way around them",
             {"path with an encoded slash": {"status": 200, "json": {"name": "tiny", "ready": True}}},
         ),
         **because(
             ABSENT,
             {
-                "trace settings": says("there is nothing at this path; see /v2 and /docs", 404),
-                "log settings": says("there is nothing at this path; see /v2 and /docs", 404),
-                "system shared memory": says("there is nothing at this path; see /v2 and /docs", 404),
-                "CUDA shared memory": says("there is nothing at this path; see /v2 and /docs", 404),
+                "trace settings": NOTHING_HERE,
+                "log settings": NOTHING_HERE,
+                "system shared memory": NOTHING_HERE,
+                "CUDA shared memory": NOTHING_HERE,
             },
         ),
         **because(
@@ -747,32 +761,22 @@ DIFFERENCES: dict[str, dict[str, Difference]] = {
         **because(
             NAME_ONLY,
             {
-                "load, a file": says(
-                    "load takes no parameters here: neither a configuration nor files can be sent to this server"
-                ),
-                "load, a config that is no JSON": says(
-                    "load takes no parameters here: neither a configuration nor files can be sent to this server"
-                ),
-                "load, unknown parameter": says(
-                    "load takes no parameters here: neither a configuration nor files can be sent to this server"
-                ),
+                "load, a file": says(NO_PARAMETERS),
+                "load, a config that is no JSON": says(NO_PARAMETERS),
+                "load, unknown parameter": says(NO_PARAMETERS),
             },
         ),
         **because(
             "a name with a slash is no name, so there is no such path",
-            {"load, a name that is a path": says("there is nothing at this path; see /v2 and /docs", 404)},
+            {"load, a name that is a path": NOTHING_HERE},
         ),
         **because(
             "who asks for one output twice, perhaps in two forms, has made a mistake",
-            {
-                "infer, output asked for twice": says(
-                    "output 'logits' is requested more than once for model 'tiny'", 400
-                )
-            },
+            {"infer, output asked for twice": says("output 'logits' is requested more than once for model 'tiny'")},
         ),
         **because(
             "who asks for no classes does not ask for a classification",
-            {"classification, none": says("parameter 'classification' must be a whole number of at least 1", 400)},
+            {"classification, none": says("parameter 'classification' must be a whole number of at least 1")},
         ),
         **because(
             WORDS,
@@ -872,11 +876,11 @@ DIFFERENCES: dict[str, dict[str, Difference]] = {
             },
         ),
         **because(
-            "the header must be a number, as HTTP has them: digits",
+            "a length is written in digits, so a sign is no part of it",
             {"header length negative": says("Inference-Header-Content-Length must be a whole number of bytes")},
         ),
         **because(
-            "the header must be a number; Triton takes this for a raw request",
+            "Triton takes a length that is no number for 0, a raw request",
             {"header length is no number": says("Inference-Header-Content-Length must be a whole number of bytes")},
         ),
         **because(
@@ -909,11 +913,11 @@ DIFFERENCES: dict[str, dict[str, Difference]] = {
             {"infer, empty body": says("failed to parse the request JSON buffer: ...")},
         ),
         **because(
-            "the JSON parser has a limit of depth",
+            "our JSON parser stops at a depth of 1024; Triton's looks at this as an input without data",
             {"infer, JSON 2000 deep": says("failed to parse the request JSON buffer: ...")},
         ),
         **because(
-            "Triton lists a missing input that is none",
+            "Triton says that an input is missing where none is",
             {
                 "infer, an input too many": says(
                     "expected 1 inputs but got 2 inputs for model 'tiny'. Send 'image' alone."
@@ -923,20 +927,16 @@ DIFFERENCES: dict[str, dict[str, Difference]] = {
         **because(
             FINITE,
             {
-                "infer, NaN": says("failed to parse the request JSON buffer: ...", 400),
-                "infer, number beyond FP32": says("input 'image' for model 'tiny' holds NaN or infinite values", 400),
-                "infer, binary NaN": says("input 'image' for model 'tiny' holds NaN or infinite values", 400),
+                "infer, NaN": says("failed to parse the request JSON buffer: ..."),
+                "infer, number beyond FP32": says("input 'image' for model 'tiny' holds NaN or infinite values"),
+                "infer, binary NaN": says("input 'image' for model 'tiny' holds NaN or infinite values"),
             },
         ),
         **because(
             INFINITE,
             {
-                "infer, numbers far too large": says(
-                    "the answer of 'tiny' is NaN or infinite, since numbers of its input are far too large", 400
-                ),
-                "infer, numbers far too large, classification": says(
-                    "the answer of 'tiny' is NaN or infinite, since numbers of its input are far too large", 400
-                ),
+                "infer, numbers far too large": says(FAR_TOO_LARGE),
+                "infer, numbers far too large, classification": says(FAR_TOO_LARGE),
             },
         ),
     },
@@ -946,15 +946,7 @@ DIFFERENCES: dict[str, dict[str, Difference]] = {
             {
                 "server metadata": {
                     "json": {
-                        "extensions": [
-                            "binary_tensor_data",
-                            "classification",
-                            "model_configuration",
-                            "model_repository",
-                            "parameters",
-                            "schedule_policy",
-                            "statistics",
-                        ],
+                        "extensions": EXTENSIONS,
                         "name": "mcdeploy",
                     }
                 }
@@ -962,99 +954,64 @@ DIFFERENCES: dict[str, dict[str, Difference]] = {
         ),
         **because(
             NOT_FOUND,
-            {
-                "statistics, unknown model": {
-                    "code": "NOT_FOUND",
-                    "details": ("Request for unknown model: 'nope' is not found"),
-                }
-            },
+            {"statistics, unknown model": refuses("Request for unknown model: 'nope' is not found", "NOT_FOUND")},
         ),
         **because(
             INFINITE,
-            {
-                "infer, numbers far too large, classification": {
-                    "code": "INVALID_ARGUMENT",
-                    "details": (
-                        "the answer of 'tiny' is NaN or infinite, since numbers of its input are far too large"
-                    ),
-                    "json": None,
-                }
-            },
+            {"infer, numbers far too large, classification": refuses(FAR_TOO_LARGE)},
         ),
         **because(
             "ours says it as over REST, and takes the number as a text, too",
-            {
-                "infer, priority that is no number": {
-                    "details": ("parameter 'priority' must be a whole number of at least 0")
-                }
-            },
+            {"infer, priority that is no number": refuses("parameter 'priority' must be a whole number of at least 0")},
         ),
         **because(
             "a tensor that belongs to no input is a mistake",
             {
-                "infer, two raw tensors for one input": {
-                    "code": "INVALID_ARGUMENT",
-                    "details": ("expected 1 raw_input_contents, for input 'image' for model 'tiny', but got 2"),
-                    "json": None,
-                }
+                "infer, two raw tensors for one input": refuses(
+                    "expected 1 raw_input_contents, for input 'image' for model 'tiny', but got 2"
+                )
             },
         ),
         **because(
-            "Triton names the function that failed",
+            "the same sentence, without the name of the C++ function that failed",
             {
-                "infer, version that is no number": {
-                    "details": (
-                        "failed to get model version from specified version string 'one', version should "
-                        "be an integral value > 0"
-                    )
-                }
+                "infer, version that is no number": refuses(
+                    "failed to get model version from specified version string 'one', "
+                    "version should be an integral value > 0"
+                )
             },
         ),
         **because(
             "the type is named as the client wrote it",
             {
-                "infer, no such type": {
-                    "details": ("inference input 'image' data-type is 'FLOAT', but model 'tiny' expects 'FP32'")
-                }
+                "infer, no such type": refuses(
+                    "inference input 'image' data-type is 'FLOAT', but model 'tiny' expects 'FP32'"
+                )
             },
         ),
         **because(
             OTHER_CHECK,
             {
-                "infer, negative dimension": {
-                    "details": (
-                        "unexpected shape for input 'image' for model 'tiny'. Expected [-1,3,8,8], got [-1,3,8,8]"
-                    )
-                }
+                "infer, negative dimension": refuses(
+                    "unexpected shape for input 'image' for model 'tiny'. Expected [-1,3,8,8], got [-1,3,8,8]"
+                )
             },
         ),
         **because(
             "grpc.health.v1 says NOT_FOUND of a service that is not there",
-            {
-                "health of something unknown": {
-                    "code": "NOT_FOUND",
-                    "details": ("there is no such service here"),
-                    "json": None,
-                }
-            },
+            {"health of something unknown": refuses("there is no such service here", "NOT_FOUND")},
         ),
         **because(
             NAME_ONLY,
-            {
-                "load, a file": {
-                    "details": (
-                        "load takes no parameters here: neither a configuration nor files can be sent to this server"
-                    )
-                }
-            },
+            {"load, a file": refuses(NO_PARAMETERS)},
         ),
         **because(
             ABSENT,
             {
-                "trace settings": {"code": "UNIMPLEMENTED", "details": (""), "json": None},
-                "log settings": {"code": "UNIMPLEMENTED", "details": (""), "json": None},
-                "system shared memory": {"code": "UNIMPLEMENTED", "details": (""), "json": None},
-                "CUDA shared memory": {"code": "UNIMPLEMENTED", "details": (""), "json": None},
+                "trace settings": refuses("", "UNIMPLEMENTED"),
+                "log settings": refuses("", "UNIMPLEMENTED"),
+                "system shared memory": refuses("", "UNIMPLEMENTED"),
+                "CUDA shared memory": refuses("", "UNIMPLEMENTED"),
             },
         ),
     },
