@@ -12,6 +12,7 @@ import datetime
 import importlib.metadata
 import ipaddress
 import queue
+import socket
 import subprocess
 import sys
 import threading
@@ -31,13 +32,13 @@ from google.protobuf import descriptor_pb2, json_format
 from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from live_server import live, tiny_model, until
+from live_server import live, rest, tiny_model, until
 from mcruntime.errors import InputError, McdeployError, MissingExtraError
 from mcruntime.server import oip
 from mcruntime.server.app import EXTENSIONS, App
 from mcruntime.server.auth import Keys
 from mcruntime.server.config import model_config
-from mcruntime.server.grpc_server import start
+from mcruntime.server.grpc_server import _host_of, start
 from mcruntime.server.models import Models, Source
 from mcruntime.server.options import ServerOptions
 from tiny_onnx import LABELS, expected_logits, some_images
@@ -535,6 +536,23 @@ def test_calls_beyond_the_limit_are_unavailable_and_those_before_it_are_not_hurt
             until(lambda: other.call("ServerLive").live)
 
 
+def test_connections_beyond_the_limit_are_not_answered_until_another_is_closed():
+    with serving(max_connections=1) as (server, client):
+        assert client.call("ServerLive").live
+        other = Client(server.server.grpc.port)
+        with other.channel:
+            with pytest.raises(grpc.RpcError) as caught:
+                other.call("ServerLive", timeout=0.5)
+            assert caught.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+            client.channel.close()
+
+            def answered():
+                with contextlib.suppress(grpc.RpcError):
+                    return other.call("ServerLive").live
+
+            until(answered)
+
+
 def test_messages_over_the_limit_are_refused_whole_or_packed():
     options = {"grpc.max_send_message_length": -1}
     with serving(max_body_bytes=100_000, channel=options) as (_, client):
@@ -602,6 +620,13 @@ def test_a_message_that_does_not_arrive_in_time_ends_its_call(path):
             stop.set()
         assert client.call("ModelInfer", infer_request(), timeout=WAIT_S)
         assert server.app.in_flight == 0
+
+
+def test_a_connection_that_says_nothing_is_closed():
+    with serving(body_timeout_s=0.3) as (server, client):
+        with socket.create_connection(("127.0.0.1", server.server.grpc.port), WAIT_S) as silent:
+            assert rest(silent).startswith(b"\x00\x00")  # what the server says first, and then the end
+        assert client.call("ServerLive").live
 
 
 def test_a_slow_engine_is_no_slow_message(gate):
@@ -984,13 +1009,18 @@ def test_observers_are_told_of_every_call_with_its_model_and_its_times(gate):
         refused(grpc.StatusCode.NOT_FOUND, client.call, "ModelInfer", model_name="nope")
         client.stream(infer_request(), infer_request(model_name="nope"))
         until(lambda: len(seen) == 4)
-    good, bad, *rest = seen
+    good, bad, *streamed = seen
     assert (good.protocol, good.method, good.path) == ("grpc", "ModelInfer", f"/{oip.SERVICE}/ModelInfer")
     assert (good.status, good.model, good.version, good.images, good.error) == (200, "tiny", "1", 2, "")
     assert (good.request_id, good.parent, good.client) == ("mine-1", trace, "127.0.0.1")
     assert 0 < good.timing.compute_s < good.seconds
     assert (bad.status, bad.error) == (404, "Request for unknown model: 'nope' is not found")
-    assert {(one.method, one.status) for one in rest} == {("ModelStreamInfer", 200), ("ModelStreamInfer", 404)}
+    assert {(one.method, one.status) for one in streamed} == {("ModelStreamInfer", 200), ("ModelStreamInfer", 404)}
+
+
+def test_a_client_is_named_by_its_address_on_either_kind_of_network():
+    assert _host_of("ipv4:127.0.0.1:5000") == "127.0.0.1"
+    assert _host_of("ipv6:%5B::1%5D:5000") == "::1"
 
 
 def test_answers_are_mirrored_to_the_shadow():

@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
+from urllib.parse import unquote
 
 import grpc
 import grpc.aio
@@ -287,7 +288,7 @@ class _Service:
                 answer = await handle(read_message(request_class, data), call)
             packed: bytes = answer.SerializeToString()
         except asyncio.CancelledError:
-            _observe(self._app, call, context, 499, "the client cancelled the call", began)
+            _observe(self._app, call, context, 499, "the call was cancelled", began)
             raise
         except Exception as error:
             await _abort(self._app, call, context, error, began)
@@ -336,7 +337,7 @@ class _Service:
                 answer = answer_class(infer_response=await self._infer(message, call))
             answer.infer_response.parameters["triton_final_response"].bool_param = True
         except asyncio.CancelledError:
-            status, text = 499, "the client cancelled the call"
+            status, text = 499, "the call was cancelled"
             raise
         except Exception as error:
             _introduce(call, context, self._app)
@@ -539,6 +540,11 @@ async def _abort(app: App, call: Request, context: Any, error: Exception, began:
     raise AssertionError("abort raises")
 
 
+def _host_of(peer: str) -> str:
+    """The address in "ipv4:127.0.0.1:5000" or "ipv6:%5B::1%5D:5000"."""
+    return unquote(peer).partition(":")[2].rpartition(":")[0].strip("[]")
+
+
 def _observe(app: App, call: Request, context: Any, status: int, error: str, began: float) -> None:
     app.grpc_answered[status] += 1
     if not app.is_observed(status):
@@ -551,7 +557,7 @@ def _observe(app: App, call: Request, context: Any, status: int, error: str, beg
         path=call.path,
         status=status,
         request_id=call.id,
-        client=context.peer().partition(":")[2].rpartition(":")[0].strip("[]"),
+        client=_host_of(context.peer()),
         started=time.time_ns() - int(seconds * 1e9),
         seconds=seconds,
         model=call.model,
