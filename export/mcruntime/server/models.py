@@ -234,7 +234,7 @@ class Models:
                 yield self._entries[name].loaded[version]
 
     def is_ready(self) -> bool:
-        """Whether everything that is meant to be served is."""
+        """Whether any model can answer; one that is being replaced or was unloaded is told by its own readiness."""
         return any(entry.loaded for entry in self._entries.values())
 
     def _choose(self, entry: Entry) -> str:
