@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import onnx
 import pytest
-from mcruntime.bundle import load_bundle
+from mcruntime.bundle import WIRING, load_bundle
 from mcruntime.engine import OnnxRunner
 from mcruntime.errors import ParityError
 from mcruntime.signature import keygen, verify_signature
@@ -17,6 +17,7 @@ from runs import reuse_compiled, short_recipe
 
 from mcdeploy import cli, forms, package
 from mcdeploy.backends.readback import read_facts
+from mcdeploy.checkpoint import load_checkpoint
 from mcdeploy.errors import AccuracyError, InputError
 from mcdeploy.targets import evaluate_target, open_file
 
@@ -50,6 +51,16 @@ def test_every_precision_is_in_the_bundle_and_is_what_it_says(shipped):
         facts = read_facts(bundle.folder / model.file)
         assert (model.opset, model.ir_version, model.nodes) == (facts.opset, facts.ir_version, facts.nodes)
         assert model.nodes["Conv"].get(precision, 0) > 0
+
+
+def test_the_bundle_says_what_each_block_could_have_read_and_which_gates_were_learned(run, shipped):
+    told = json.loads((shipped.bundle.folder / WIRING).read_text())
+    assert told["candidates"] == load_checkpoint(run).header["candidates"]
+    assert told["topology"] == json.loads(json.dumps(shipped.certificate.topology))
+    assert [len(row) for row in told["gates"]["layer1"]] == [
+        len(row) for row in next(stage for stage in told["candidates"]["stages"] if stage["name"] == "layer1")["reads"]
+    ]
+    assert WIRING in shipped.bundle.manifest.files
 
 
 def test_every_hop_was_compared_at_batches_1_2_3_7_and_the_largest(shipped):
@@ -240,7 +251,7 @@ def test_weights_too_many_for_one_file_lie_beside_the_model_and_are_hashed(run, 
 def test_a_bundle_is_served_without_torch(shipped):
     code = (
         "import sys; sys.modules['torch'] = None; sys.modules['onnx'] = None\n"
-        "from mcruntime.bundle import load_bundle; from mcruntime.engine import OnnxRunner\n"
+        "from mcruntime.bundle import WIRING, load_bundle; from mcruntime.engine import OnnxRunner\n"
         f"b = load_bundle({str(shipped.bundle.folder) + '@int8'!r})\n"
         "with OnnxRunner(b.model_path) as r: print(b.selftest(r) < 1)"
     )
