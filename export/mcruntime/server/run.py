@@ -12,7 +12,7 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from mcruntime.server.grpc_server import GrpcServer
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+MOST_GUESTS = 4096  # taken at the end, though more should come meanwhile
+LAST_WORDS_S = 0.5  # for connections that are open when the last request is answered
 GRPC_NEEDED = {
     "grpc": "grpcio", "google.protobuf": "protobuf", "grpc_health.v1.health_pb2": "grpcio-health-checking",
     "grpc_reflection.v1alpha.reflection": "grpcio-reflection",
@@ -157,9 +159,7 @@ class DrainingServer(uvicorn.Server):
         # As uvicorn's, but for the time a TLS handshake may take.
         self.servers = [
             await loop.create_server(
-                lambda: self.config.http_protocol_class(  # type: ignore[call-arg]
-                    config=self.config, server_state=self.server_state, app_state=self.lifespan.state
-                ),
+                self._make_connection,
                 sock=sock,
                 ssl=self.config.ssl,
                 backlog=self.config.backlog,
@@ -180,9 +180,35 @@ class DrainingServer(uvicorn.Server):
         try:
             if self.grpc is not None:
                 await self.grpc.stop()
+            await self._say_last_words(sockets or [])
             await super().shutdown(sockets)
         finally:
             self._sweeper.cancel()
+
+    def _make_connection(self) -> asyncio.Protocol:
+        return self.config.http_protocol_class(  # type: ignore[call-arg]
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+
+    async def _say_last_words(self, sockets: list[socket.socket]) -> None:
+        """Listen no more; who has just connected, or is just sending, is told 503 instead of being cut off."""
+        loop = asyncio.get_running_loop()
+        own = [sock.dup() for sock in sockets]  # the loop closes its own
+        for server in self.servers:
+            server.close()
+        # Those whom the kernel has let in already would be reset, so they are taken before the last handle is closed.
+        guests = [guest for sock in own for guest in _guests_of(sock)]
+        for guest in guests:
+            with suppress(OSError):  # gone already, or no TLS
+                await loop.connect_accepted_socket(
+                    self._make_connection,
+                    guest,
+                    ssl=self.config.ssl,
+                    ssl_handshake_timeout=LAST_WORDS_S if self.config.ssl else None,
+                )
+        deadline = time.monotonic() + LAST_WORDS_S
+        while self.server_state.connections and time.monotonic() < deadline and not self.force_exit:
+            await asyncio.sleep(0.02)
 
     def _reload(self) -> None:
         task = asyncio.get_running_loop().create_task(self._app.models.reload())
@@ -193,6 +219,16 @@ class DrainingServer(uvicorn.Server):
         while True:
             await asyncio.sleep(SWEEP_S)
             sweep(self.server_state.connections, loop.time())
+
+
+def _guests_of(listener: socket.socket) -> list[socket.socket]:
+    """All that have connected to a socket and were not taken yet; closes it."""
+    guests = []
+    with listener, suppress(OSError):
+        listener.setblocking(False)
+        for _ in range(MOST_GUESTS):
+            guests.append(listener.accept()[0])
+    return guests
 
 
 def _listen(listener: socket.socket, app: App, options: ServerOptions, tls: ssl.SSLContext | None) -> None:
