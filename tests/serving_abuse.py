@@ -1,9 +1,9 @@
 """What a hostile hour does to the server, by hand: it ends by itself and writes JSON.
 
-    PYTHONPATH=export:tests python -m serving_abuse WHAT BUNDLE [--out FOLDER] [--seconds N] [--inputs N]
+    PYTHONPATH=export:tests:. python -m serving_abuse WHAT BUNDLE [--out FOLDER] [--seconds N] [--inputs N]
 
     answers   a mixed load; every answer is compared with the unbatched one
-    overload  offers twice the capacity, some of it slow, rude or wrong (default: 10 minutes), then looks for the capacity
+    overload  offers twice the capacity for 10 minutes, some of it slow, rude or wrong, then looks for the capacity
     stop      SIGTERM under load: every accepted request is answered
     reload    versions replaced through the control API under load, damaged ones among them
     fuzz      inputs that lie (default: 100,000): only 4xx, no 500, no growth
@@ -460,39 +460,8 @@ async def offer(
 
 async def stop(bundle: Bundle, work: Path, seconds: float) -> dict[str, Any]:
     """SIGTERM in the middle of a load, several times over."""
-    questions, rounds = make_questions(bundle, 48), []
-    for _ in range(5):
-        judge, counts = Judge(), collections.Counter[str]()
-        with serving(work, str(bundle.folder)) as server:
-            stopped_at = [float("inf")]
-
-            async def one(seed: int) -> None:
-                rng, connection = random.Random(seed), Connection(server.port)
-                while time.monotonic() < stopped_at[0] + 10:
-                    question = rng.choice(questions)
-                    try:
-                        await connection.open()
-                    except ConnectionError:
-                        counts["refused: no longer listening"] += 1
-                        return
-                    try:
-                        status, headers, body = await connection.ask(question.request)
-                    except HungUp:
-                        counts["sent, and not answered"] += 1
-                        return
-                    late = "" if time.monotonic() < stopped_at[0] else " after the signal"
-                    counts[f"{status}{late}"] += 1
-                    if status == 200:
-                        judge.look(question, headers, body)
-
-            clients = [asyncio.create_task(one(seed)) for seed in range(32)]
-            await asyncio.sleep(seconds)
-            stopped_at[0] = time.monotonic()
-            code, took = await asyncio.to_thread(server.stop)
-            await asyncio.wait(clients, timeout=15)
-            rounds.append(
-                {"exit code": code, "seconds to exit": round(took, 2), "by outcome": dict(counts), **judge.as_dict()}
-            )
+    questions = make_questions(bundle, 48)
+    rounds = [await _stop_once(bundle, work, seconds, questions) for _ in range(5)]
     kept = all(
         row["exit code"] == 0 and row["seconds to exit"] <= 5 and not row["wrong"]
         and not row["by outcome"].get("sent, and not answered")
@@ -500,6 +469,37 @@ async def stop(bundle: Bundle, work: Path, seconds: float) -> dict[str, Any]:
         for row in rounds
     )  # fmt: skip
     return {"kept": kept, "connections": 32, "rounds": rounds}
+
+
+async def _stop_once(bundle: Bundle, work: Path, seconds: float, questions: list[Question]) -> dict[str, Any]:
+    judge, counts, stopped_at = Judge(), collections.Counter[str](), [float("inf")]
+
+    async def one(seed: int) -> None:
+        rng, connection = random.Random(seed), Connection(server.port)
+        while time.monotonic() < stopped_at[0] + 10:
+            question = rng.choice(questions)
+            try:
+                await connection.open()
+            except ConnectionError:
+                counts["refused: no longer listening"] += 1
+                return
+            try:
+                status, headers, body = await connection.ask(question.request)
+            except HungUp:
+                counts["sent, and not answered"] += 1
+                return
+            late = "" if time.monotonic() < stopped_at[0] else " after the signal"
+            counts[f"{status}{late}"] += 1
+            if status == 200:
+                judge.look(question, headers, body)
+
+    with serving(work, str(bundle.folder)) as server:
+        clients = [asyncio.create_task(one(seed)) for seed in range(32)]
+        await asyncio.sleep(seconds)
+        stopped_at[0] = time.monotonic()
+        code, took = await asyncio.to_thread(server.stop)
+        await asyncio.wait(clients, timeout=15)
+    return {"exit code": code, "seconds to exit": round(took, 2), "by outcome": dict(counts), **judge.as_dict()}
 
 
 # --------------------------------------------------------------------------------------------------------------- reload
@@ -704,7 +704,7 @@ def _tree(rng: random.Random, tensor: str, shape: tuple[int, int, int]) -> dict[
         tree["parameters"] = {key: rng.choice((*SIZES, *ODD))} if rng.random() < 0.8 else rng.choice(ODD)
     if rng.random() < 0.3:
         output = {"name": rng.choice(("logits", "output", *ODD)), "parameters": {
-            rng.choice(("classification", "binary_data", "shared_memory_offset")): rng.choice((*SIZES, *ODD))}}  # fmt: skip
+            rng.choice(("classification", "binary_data", "shared_memory")): rng.choice((*SIZES, *ODD))}}  # fmt: skip
         tree["outputs"] = rng.choice(([output], [output] * 3, output, [], None, [rng.choice(ODD)]))
     return tree
 
@@ -842,8 +842,9 @@ def _raw(rng: random.Random, name: str, tensor: str, shape: tuple[int, int, int]
     if choice < 0.6:
         return Input("raw", good[: rng.randrange(len(good))], is_http=False)
     extra = rng.choice((
-        b"Transfer-Encoding: chunked\r\n", b"Content-Length: 4\r\n", b"X: " + b"a" * 17_000 + b"\r\n", b"X: y\r\n" * 101,
-        b"Expect: 100-continue\r\n", b"Connection: Upgrade\r\nUpgrade: websocket\r\n", b": x\r\n", b"\x00: x\r\n", b" folded\r\n",
+        b"Transfer-Encoding: chunked\r\n", b"Content-Length: 4\r\n", b"X: " + b"a" * 17_000 + b"\r\n",
+        b"Expect: 100-continue\r\n", b"Connection: Upgrade\r\nUpgrade: websocket\r\n", b": x\r\n",
+        b"X: y\r\n" * 101, b"\x00: x\r\n", b" folded\r\n",
     ))  # fmt: skip
     return Input("raw", good.replace(b"Host: x\r\n", b"Host: x\r\n" + extra), is_http=False)
 
@@ -955,7 +956,8 @@ async def fuzz(bundle: Bundle, work: Path, num: int, seed: int = 1) -> dict[str,
 # ----------------------------------------------------------------------------------------------------------------- main
 
 WHAT: dict[str, tuple[Callable[..., Awaitable[dict[str, Any]]], float]] = {
-    "answers": (answers, 20), "overload": (overload, 600), "stop": (stop, 2), "reload": (reload, 30), "fuzz": (fuzz, 100_000),
+    "answers": (answers, 20), "overload": (overload, 600), "stop": (stop, 2), "reload": (reload, 30),
+    "fuzz": (fuzz, 100_000),
 }  # fmt: skip
 
 
@@ -973,8 +975,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as work:
         found = uvloop.run(work_of(bundle, Path(work), int(amount) if arguments.what == "fuzz" else amount))
     option = f"--inputs {int(amount)}" if arguments.what == "fuzz" else f"--seconds {amount:g}"
+    program = f"PYTHONPATH=export:tests:. python -m serving_abuse {arguments.what}"
     tree = {
-        "command": f"PYTHONPATH=export:tests python -m serving_abuse {arguments.what} WORK/{arguments.bundle.name} {option}",
+        "command": f"{program} WORK/{arguments.bundle.name} {option}",
         "model": f"{bundle.manifest.name}, {bundle.manifest.input.shape}, {bundle.manifest.output.num_classes} classes",
         "machine": describe_machine(),
         "onnxruntime": onnxruntime.__version__,

@@ -78,11 +78,11 @@ def images_of(number, size=1, poison=False):
 class Client:
     """One request and all that was delivered for it."""
 
-    def __init__(self, batcher, number, size=1, poison=False, deadline=float("inf")):
+    def __init__(self, batcher, number, size=1, poison=False, deadline=float("inf"), **options):
         self.images, self.outcomes = images_of(number, size, poison), []
         self.row = float(self.images[0, 0, 0, 0])
         self.done = threading.Event()
-        self.ticket = batcher.submit(self.images, self.deliver, deadline)
+        self.ticket = batcher.submit(self.images, self.deliver, deadline, **options)
 
     def deliver(self, outcome):
         self.outcomes.append(outcome)
@@ -301,8 +301,9 @@ TestSchedules.settings = settings(
 # ------------------------------------------------------------------------------------------------ under real threads
 
 
+@pytest.mark.parametrize("kicks", [False, True])
 @pytest.mark.parametrize("workers", [1, 3])
-def test_under_many_threads_everyone_gets_their_own_answer_once_and_nobody_is_forgotten(workers):
+def test_under_many_threads_everyone_gets_their_own_answer_once_and_nobody_is_forgotten(workers, kicks):
     engine = Engine(free_running=True)
     batcher = Batcher(engine.infer, max_batch=5, max_queue=20, buckets=(2, 5), workers=workers)
     clients, refused, lock, numbers = [], [], threading.Lock(), count(1)
@@ -313,12 +314,14 @@ def test_under_many_threads_everyone_gets_their_own_answer_once_and_nobody_is_fo
             number, size, poison = next(numbers), int(random.integers(1, 5)), random.random() < 0.1
             deadline = time.monotonic() + 0.0005 if random.random() < 0.1 else float("inf")
             try:
-                client = Client(batcher, number, size, poison, deadline)
+                client = Client(batcher, number, size, poison, deadline, kick_follows=kicks)
             except OverloadedError:
                 refused.append(number)
                 client = None
             if client is not None and random.random() < 0.2:
                 client.cancelled = batcher.cancel(client.ticket)
+            if kicks:
+                batcher.kick()
             with lock:
                 clients.append(client)
             if random.random() < 0.5:

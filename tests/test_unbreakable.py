@@ -122,7 +122,7 @@ def no_growth(max_mib=50):
     assert most[0] - before < max_mib * MIB, f"{(most[0] - before) / MIB:.0f} MiB"
 
 
-# ------------------------------------------------------------------------------------------ framing (CVE-2025-23310, ..)
+# ----------------------------------------------------------------------------------------- framing (CVE-2025-23310, ..)
 
 MANGLED = {
     "a length and chunks": (PREDICT + b"Content-Length: 3\r\n" + CHUNKED + b"0\r\n\r\n", 400),
@@ -237,7 +237,7 @@ def test_who_is_refused_before_sending_the_body_cannot_go_on_with_what_may_be_a_
         assert rest(client) == b""
 
 
-# ----------------------------------------------------------------------------------- time and number (slow-loris and kin)
+# --------------------------------------------------------------------------------- time and number (slow-loris and kin)
 
 
 def test_a_header_that_trickles_is_cut_off_with_408():
@@ -361,11 +361,13 @@ def select_ready(client: socket.socket, timeout_s: float) -> bool:
         client.settimeout(5)
 
 
-# ------------------------------------------------------------ sizes (CVE-2025-23321, 23323, 23331, CVE-2026-24210, 33201)
+# ---------------------------------------------------------- sizes (CVE-2025-23321, 23323, 23331, CVE-2026-24210, 33201)
 
 SHAPES = [
-    [10**9, 3, 8, 8], [1 << 62, 4, 1, 1], [1 << 32, 1 << 32, 1, 1], [1, 3, 1 << 31, 1 << 33], [-1, 3, 8, 8], [-1, -3, 8, 8],
-    [0, 3, 8, 8], [1, 3, 0, 8], [1, 0, 8, 8], [], [1], [1] * 100_000, [1e9, 3, 8, 8], [1 << 64, 3, 8, 8], [10**400, 3, 8, 8],
+    [10**9, 3, 8, 8], [1 << 62, 4, 1, 1], [1 << 32, 1 << 32, 1, 1], [1, 3, 1 << 31, 1 << 33], [-1, 3, 8, 8],
+    [-1, -3, 8, 8],
+    [0, 3, 8, 8], [1, 3, 0, 8], [1, 0, 8, 8], [], [1], [1] * 100_000, [1e9, 3, 8, 8], [1 << 64, 3, 8, 8],
+    [10**400, 3, 8, 8],
     [None, 3, 8, 8], [[1], 3, 8, 8], [True, 3, 8, 8],
 ]  # fmt: skip
 
@@ -448,21 +450,22 @@ def test_zeros_and_negative_numbers_are_refused(server, path, body):
 def test_a_value_that_overflows_on_its_way_through_the_model_is_the_clients_mistake():
     def infer(images):
         with np.errstate(over="ignore"):
-            return check_logits("tiny", images.reshape(len(images), -1)[:, :4] * np.float32(10), len(images))
-
-    from mcruntime.engine import check_logits
+            return images.reshape(len(images), -1)[:, :4] * np.float32(10)
 
     with live(tiny_model(infer)) as server:
         images = np.full((1, 3, 8, 8), 3e38, np.float32)
         assert "too large" in refused(server.say(binary(tensor(), images.tobytes())), 400)
 
 
-# ------------------------------------------------------------- names and paths (CVE-2025-23316, CVE-2023-31036, 24208, 24209)
+# ------------------------------------------------------- names and paths (CVE-2025-23316, CVE-2023-31036, 24208, 24209)
 
 NAMES = [
-    "../outside", "..%2foutside", "%2e%2e%2foutside", "..%252foutside", "....//outside", "/etc", "%2fetc%2fpasswd", "%00",
-    "inside%00", "inside%0a", "inside%0d%0aX-Evil:%201", "inside%2f..%2f..%2foutside", "~root", "C:%5cWindows", "linked",
-    "a" * 5000, "inside%2f", "inside;ls", "$(id)", "__class__", "inside.", "INSIDE", "file:%2f%2f%2fetc%2fpasswd", "%c0%ae%c0%ae", "*",
+    "../outside", "..%2foutside", "%2e%2e%2foutside", "..%252foutside", "....//outside", "/etc", "%2fetc%2fpasswd",
+    "%00",
+    "inside%00", "inside%0a", "inside%0d%0aX-Evil:%201", "inside%2f..%2f..%2foutside", "~root", "C:%5cWindows",
+    "linked",
+    "a" * 5000, "inside%2f", "inside;ls", "$(id)", "__class__", "inside.", "INSIDE", "file:%2f%2f%2fetc%2fpasswd",
+    "%c0%ae%c0%ae", "*",
 ]  # fmt: skip
 
 
@@ -544,7 +547,7 @@ def test_the_pages_files_are_a_fixed_list(path):
         assert statuses(server.say(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())) == [404]
 
 
-# --------------------------------------------------------------------------------- keys (CVE-2026-24207: another path in)
+# ------------------------------------------------------------------------------- keys (CVE-2026-24207: another path in)
 
 
 def keys_of(key: str) -> Keys:
@@ -661,11 +664,16 @@ class Asker:
         return status
 
 
-# ---------------------------------------------------------------- what is fetched and unpickled: nothing (ShellTorch, ShadowMQ)
+# -------------------------------------------------------- what is fetched and unpickled: nothing (ShellTorch, ShadowMQ)
 
 
-@pytest.mark.parametrize("scheme", ["http://127.0.0.1:{}/x.png", "https://127.0.0.1:{}", "ftp://127.0.0.1:{}/", "data:,http://127.0.0.1:{}/",
-                                    "//127.0.0.1:{}/", "file:///etc/hostname#{}", "/etc/hostname#{}", "gopher://127.0.0.1:{}/_"])  # fmt: skip
+URLS = [
+    "http://127.0.0.1:{}/x.png", "https://127.0.0.1:{}", "ftp://127.0.0.1:{}/", "data:,http://127.0.0.1:{}/",
+    "//127.0.0.1:{}/", "file:///etc/hostname#{}", "/etc/hostname#{}", "gopher://127.0.0.1:{}/_",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("scheme", URLS)
 def test_no_url_from_a_request_is_fetched(server, scheme):
     with socket.socket() as trap:
         trap.bind(("127.0.0.1", 0))
@@ -722,12 +730,14 @@ def test_nothing_in_the_runtime_can_unpickle_or_run_what_it_reads():
                     assert "allow_pickle=False" in ast.unparse(node), where
 
 
-# ------------------------------------------------------------------------------- forms (CVE-2024-9056, CVE-2023-30798, 54121)
+# ------------------------------------------------------------------------- forms (CVE-2024-9056, CVE-2023-30798, 54121)
 
 PART = b'--b\r\nContent-Disposition: form-data; name="%b"\r\n\r\nx\r\n'
+PNG_FILE = b'--b\r\nContent-Disposition: form-data; name="file"; filename="%b"\r\n\r\nx\r\n'
+END = b"\r\n\r\nx\r\n--b--\r\n"
 FORMS = {
     "60,000 fields": (b"b", PART % b"a" * 60_000 + b"--b--\r\n"),
-    "100 files": (b"b", b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\nx\r\n' * 100 + b"--b--\r\n"),
+    "100 files": (b"b", PNG_FILE % b"a" * 100 + b"--b--\r\n"),
     "no boundary": (b"", b"--b--\r\n"),
     "a boundary of 8 kB": (b"b" * 8000, b"--" + b"b" * 8000 + b"--\r\n"),
     "a boundary that never comes": (b"never", b"x" * 3_000_000),
@@ -735,10 +745,10 @@ FORMS = {
     "3 MB of line ends": (b"b", b"\r\n" * 1_500_000),
     "3 MB after the end": (b"b", b"--b--\r\n" + b"\r" * 3_000_000),
     "almost boundaries": (b"b" * 60, (b"\r\n--" + b"b" * 59) * 40_000),
-    "a part header of 3 MB": (b"b", b"--b\r\nContent-Disposition: form-data; name=" + b"a" * 3_000_000 + b"\r\n\r\nx\r\n--b--\r\n"),
-    "100,000 part headers": (b"b", b"--b\r\n" + b"X: y\r\n" * 100_000 + b'Content-Disposition: form-data; name="file"\r\n\r\nx\r\n--b--\r\n'),
-    "a filename of 1 MB": (b"b", b'--b\r\nContent-Disposition: form-data; name="file"; filename="' + b"a" * MIB + b'"\r\n\r\nx\r\n--b--\r\n'),
-    "a filename that climbs": (b"b", b'--b\r\nContent-Disposition: form-data; name="file"; filename="../../../tmp/x"\r\n\r\nx\r\n--b--\r\n'),
+    "a part header of 3 MB": (b"b", b"--b\r\nContent-Disposition: form-data; name=" + b"a" * 3_000_000 + END),
+    "100,000 part headers": (b"b", b"--b\r\n" + b"X: y\r\n" * 100_000 + b"Content-Disposition: form-data; name=a" + END),
+    "a filename of 1 MB": (b"b", PNG_FILE % (b"a" * MIB) + b"--b--\r\n"),
+    "a filename that climbs": (b"b", PNG_FILE % b"../../../tmp/x" + b"--b--\r\n"),
     "no name": (b"b", b"--b\r\nContent-Disposition: form-data\r\n\r\nx\r\n--b--\r\n"),
     "no disposition": (b"b", b"--b\r\n\r\nx\r\n--b--\r\n"),
     "a charset nobody knows": (b"b; charset=nonsense", PART % b"\xff\xfe" + b"--b--\r\n"),
@@ -755,7 +765,7 @@ def test_a_bad_form_is_refused(server, boundary, body):
     still_answers(server)
 
 
-# ------------------------------------------------------------------------------------------------ bombs and broken images
+# ---------------------------------------------------------------------------------------------- bombs and broken images
 
 
 def png_of(width: int, height: int) -> bytes:
@@ -797,7 +807,8 @@ IMAGES = {
     "a PNG of which most is missing": png_of(900, 900),
     **{f"a {kind} cut at {share:.0%}": encoded(kind)[: int(len(encoded(kind)) * share)]
        for kind in ("JPEG", "PNG", "WEBP") for share in (0.01, 0.3, 0.9)},
-    "a GIF": encoded("GIF"), "a TIFF": encoded("TIFF"), "a BMP": encoded("BMP"), "an SVG": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+    "a GIF": encoded("GIF"), "a TIFF": encoded("TIFF"), "a BMP": encoded("BMP"),
+    "an SVG": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
     "PostScript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "zeros": bytes(1000), "nothing": b"",
 }  # fmt: skip
 
@@ -845,7 +856,7 @@ def test_ranges_are_not_computed(server):
         assert statuses(found) == [200]
 
 
-# -------------------------------------------------------------- weights from elsewhere (onnx CVE-2024-27318, 51480, 34447)
+# ----------------------------------------------------------- weights from elsewhere (onnx CVE-2024-27318, 51480, 34447)
 
 
 def bundle_with_weights_at(folder: Path, location: str, offset: int = 0) -> Path:
@@ -940,11 +951,11 @@ def test_weights_are_found_wherever_a_model_can_hold_them(tmp_path, place):
 )
 def test_what_is_no_protobuf_is_no_model(tmp_path, data):
     (tmp_path / "model.onnx").write_bytes(data)
-    with pytest.raises(ValueError, match="a field|a number|an unknown kind"):
+    with pytest.raises(ValueError, match=r"a field|a number|an unknown kind"):
         external_files(tmp_path / "model.onnx")
 
 
-# -------------------------------------------------------------------------------------------------------------------- TLS
+# ------------------------------------------------------------------------------------------------------------------ TLS
 
 
 def make_certificate(folder: Path, name: str, issuer: str = "") -> tuple[Path, Path]:

@@ -223,10 +223,10 @@ class DrainingServer(uvicorn.Server):
 
 def _guests_of(listener: socket.socket) -> list[socket.socket]:
     """All that have connected to a socket and were not taken yet; closes it."""
-    guests = []
+    guests: list[socket.socket] = []
     with listener, suppress(OSError):
         listener.setblocking(False)
-        for _ in range(MOST_GUESTS):
+        while len(guests) < MOST_GUESTS:
             guests.append(listener.accept()[0])
     return guests
 
