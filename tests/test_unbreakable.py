@@ -159,12 +159,14 @@ MANGLED = {
     "an upgrade that hides a request": (
         PREDICT + b"Connection: Upgrade\r\nUpgrade: h2c\r\nContent-Length: 60\r\n\r\n" + HEALTH, 400,
     ),
+    "20,000 chunks of 30 bytes": (PREDICT + CHUNKED + b"1e\r\n%b\r\n" % (b"x" * 30) * 20_000 + b"0\r\n\r\n", 400),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("data", "status"), MANGLED.values(), ids=MANGLED)
 def test_mangled_http_gets_one_refusal_in_json_and_a_closed_connection(server, data, status):
-    refused(server.say(data), status)
+    message = refused(server.say(data), status)
+    assert "image" not in message, "the application saw it"
     still_answers(server)
 
 
@@ -215,6 +217,11 @@ def test_too_many_pipelined_requests_are_refused_after_those_before_them_were_an
     assert set(found[:-1]) == {200}
     assert found[-1] == 503
     assert len(found) < 100
+
+
+def test_a_request_with_a_body_that_asks_for_an_upgrade_is_not_even_begun(server):
+    found = server.say(PREDICT + b"Connection: Upgrade\r\nUpgrade: h2c\r\nContent-Length: 3\r\n\r\nabc")
+    assert "upgraded" in refused(found, 400)
 
 
 def test_an_upgrade_is_not_made_and_nothing_after_it_is_taken_for_a_request(server):
@@ -281,7 +288,7 @@ def test_a_client_that_does_not_take_its_answer_is_cut_off():
 
 
 def test_more_connections_than_allowed_get_503_but_the_health_probe_is_answered():
-    with live(max_connections=3, limits={"linger_s": 0.1}) as server:
+    with live(max_connections=3, limits={"linger_s": 0.1, "idle_s": 60}) as server:
         held = [server.connect() for _ in range(3)]
         until(lambda: server.num_connections() == 3)
         message = refused(server.say(b"GET /v2 HTTP/1.1\r\nHost: x\r\n\r\n"), 503)
@@ -746,7 +753,7 @@ FORMS = {
     "3 MB after the end": (b"b", b"--b--\r\n" + b"\r" * 3_000_000),
     "almost boundaries": (b"b" * 60, (b"\r\n--" + b"b" * 59) * 40_000),
     "a part header of 3 MB": (b"b", b"--b\r\nContent-Disposition: form-data; name=" + b"a" * 3_000_000 + END),
-    "100,000 part headers": (b"b", b"--b\r\n" + b"X: y\r\n" * 100_000 + b"Content-Disposition: form-data; name=a" + END),
+    "many part headers": (b"b", b"--b\r\n" + b"X: y\r\n" * 100_000 + b"Content-Disposition: form-data; name=a" + END),
     "a filename of 1 MB": (b"b", PNG_FILE % (b"a" * MIB) + b"--b--\r\n"),
     "a filename that climbs": (b"b", PNG_FILE % b"../../../tmp/x" + b"--b--\r\n"),
     "no name": (b"b", b"--b\r\nContent-Disposition: form-data\r\n\r\nx\r\n--b--\r\n"),

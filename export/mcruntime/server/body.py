@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self
 
 from mcruntime.server.errors import OverloadedError, RequestError, TooLargeError
 
 Receive = Any
 UNPACKED_AT_ONCE = 1 << 18  # bytes on the event loop; more goes to a thread: a kilobyte may unpack to a megabyte
+UNPACKER = ThreadPoolExecutor(1, thread_name_prefix="unpack")  # one: every thread keeps a heap as large as its peak
 ENCODINGS = {b"gzip": 31, b"x-gzip": 31, b"deflate": 15}  # to zlib's window bits
 
 
@@ -98,7 +100,8 @@ async def _unpack(body: bytes, encoding: bytes, lease: Lease, max_bytes: int) ->
         if UNPACKED_AT_ONCE <= len(whole) <= max_bytes and not unpacker.eof:
             lease.take(max_bytes)  # the most it may become
             left = max_bytes + 1 - len(whole)
-            whole += await asyncio.to_thread(unpacker.decompress, unpacker.unconsumed_tail, left)
+            loop = asyncio.get_running_loop()
+            whole += await loop.run_in_executor(UNPACKER, unpacker.decompress, unpacker.unconsumed_tail, left)
         else:
             lease.take(len(whole))
     except zlib.error:

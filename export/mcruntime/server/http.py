@@ -133,6 +133,7 @@ class HttpProtocol(HttpToolsProtocol):
         self.url, self.headers = b"", []
         self._phase = IDLE
         self._since = 0.0  # when this phase began; on the loop's clock
+        self._late_since = -1.0  # of the phase that was once seen to last too long
         self._head_bytes = 0  # read of an unfinished header
         self._chunk_bytes = 0  # of what is being parsed
         self._framed = self._body_bytes = self._pieces = 0  # of the body that is being read
@@ -328,18 +329,22 @@ class HttpProtocol(HttpToolsProtocol):
         self._unsent = None
         if self._running is not None:
             return
-        waited = now - self._since
+        limits = self.limits
         if self._is_deaf:
-            if waited > self.limits.linger_s:
-                self.transport.abort()
-        elif self._phase == IDLE:
-            if waited > self.limits.idle_s:
-                self.transport.close()
-        elif self._phase == HEAD:
-            if waited > self.limits.header_s:
-                self._refuse(408, f"the request header did not arrive within {self.limits.header_s:.0f} s")
-        elif waited > self.limits.header_s + self.limits.body_s:  # was answered, and still sends
+            longest_s = limits.linger_s
+        else:
+            longest_s = {IDLE: limits.idle_s, HEAD: limits.header_s, BODY: limits.header_s + limits.body_s}[self._phase]
+        if now - self._since <= longest_s:
+            return
+        # Seen twice, so that what was sent in time is read first when it was we who were busy.
+        if self._late_since != self._since:
+            self._late_since = self._since
+        elif self._is_deaf or self._phase == BODY:  # was answered, and still sends
             self.transport.abort()
+        elif self._phase == HEAD:
+            self._refuse(408, f"the request header did not arrive within {limits.header_s:.0f} s")
+        else:
+            self.transport.close()
 
     def _check_pieces(self) -> None:
         if self._pieces > MANY_PIECES and self._body_bytes < MIN_PIECE * self._pieces:

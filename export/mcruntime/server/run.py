@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import errno
 import importlib
 import logging
@@ -34,6 +35,7 @@ from mcruntime.server.tracing import open_tracing
 if TYPE_CHECKING:
     from mcruntime.server.grpc_server import GrpcServer
 
+M_ARENA_MAX = -8  # of malloc.h
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 MOST_GUESTS = 4096  # taken at the end, though more should come meanwhile
 LAST_WORDS_S = 0.5  # for connections that are open when the last request is answered
@@ -48,6 +50,7 @@ def run(bundles: Sequence[Path | str], options: ServerOptions) -> None:
     """See ``mcruntime.server.serve``."""
     if not bundles and options.repository is None:
         raise InputError("nothing to serve; give at least one bundle folder, or a --repository of them")
+    _share_heaps()
     with ExitStack() as stack:
         stack.enter_context(logs.to_stderr(options))
         listener = stack.enter_context(_bind(options.host, options.port))  # a port in use is known at once
@@ -78,6 +81,12 @@ def run(bundles: Sequence[Path | str], options: ServerOptions) -> None:
         app.mirror = shadows.mirror if shadows.all else None
         stack.callback(app.close)
         _listen(listener, app, options, tls)
+
+
+def _share_heaps() -> None:
+    """glibc gives every thread a heap of its own, and each stays as large as it ever was; two are enough."""
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
 
 
 def open_models(targets: Sequence[Target], options: ServerOptions) -> Models:
