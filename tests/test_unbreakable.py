@@ -34,6 +34,7 @@ from mcruntime.errors import BundleError, InputError
 from mcruntime.external import external_files
 from mcruntime.server import metrics, pages
 from mcruntime.server.auth import Keys
+from mcruntime.server.http import Flow
 from mcruntime.server.loader import find_in, source_of
 from mcruntime.server.options import ServerOptions
 from mcruntime.server.shadow import Shadows
@@ -222,6 +223,48 @@ def test_too_many_pipelined_requests_are_refused_after_those_before_them_were_an
 def test_a_request_with_a_body_that_asks_for_an_upgrade_is_not_even_begun(server):
     found = server.say(PREDICT + b"Connection: Upgrade\r\nUpgrade: h2c\r\nContent-Length: 3\r\n\r\nabc")
     assert "upgraded" in refused(found, 400)
+
+
+def test_no_more_is_read_while_requests_of_the_connection_wait():
+    """What is read is held in memory, so a client that sends ahead of its answers has to keep it itself."""
+
+    class Transport:
+        reads = True
+
+        def pause_reading(self):
+            self.reads = False
+
+        def resume_reading(self):
+            self.reads = True
+
+    waiting, transport = ["a request"], Transport()
+    flow = Flow(transport, waiting)
+    flow.pause_reading()
+    flow.resume_reading()
+    assert not transport.reads
+    waiting.clear()
+    flow.resume_reading()
+    assert transport.reads
+
+
+def test_a_connection_is_seen_to_be_late_twice_before_it_is_closed():
+    """Else a server that was busy for long would close on what came in time."""
+    with live(limits={"idle_s": 60}) as server, server.connect() as client:
+        until(lambda: server.num_connections() == 1)
+        (connection,) = server.server.server_state.connections
+
+        def look():
+            connection.loop.call_soon_threadsafe(lambda: connection.look(connection._since + 61))
+
+        look()
+        client.sendall(HEALTH + b"\r\n")
+        assert read_answer(client)[0] == 200
+        look()
+        client.sendall(HEALTH + b"\r\n")
+        assert read_answer(client)[0] == 200
+        look()
+        look()
+        assert rest(client) == b""
 
 
 def test_an_upgrade_is_not_made_and_nothing_after_it_is_taken_for_a_request(server):

@@ -151,7 +151,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.flow = _Flow(transport, self.pipeline)
+        self.flow = Flow(transport, self.pipeline)
         self._since = self.loop.time()
         others = len(self.connections) - self.limits.connections
         self._is_extra = others > 0
@@ -419,7 +419,7 @@ class HttpProtocol(HttpToolsProtocol):
         )
 
 
-class _Flow(FlowControl):
+class Flow(FlowControl):
     """Reads on only when no request of the connection waits: what is read is held in memory."""
 
     def __init__(self, transport: asyncio.Transport, pipeline: Any) -> None:
