@@ -523,14 +523,13 @@ def test_a_full_queue_is_unavailable_and_says_when_to_come_back(gate):
         assert all(call.result(timeout=WAIT_S) for call in calls)
 
 
-def test_calls_beyond_the_limit_are_unavailable_and_those_before_it_are_not_hurt(gate):
+def test_calls_beyond_the_limit_are_refused_and_those_before_it_are_not_hurt(gate):
     with serving(tiny_model(gate), max_connections=2) as (server, client):
         calls = [client.method("ModelInfer").future(infer_request()) for _ in range(2)]
         until(lambda: server.app.in_flight == 2)
         other = Client(server.server.grpc.port)
         with other.channel:
-            text = refused(grpc.StatusCode.UNAVAILABLE, other.call, "ServerLive").details()
-            assert text == "too many calls at the same time; try again"
+            refused(grpc.StatusCode.RESOURCE_EXHAUSTED, other.call, "ServerLive")
             gate.open.set()
             assert all(call.result(timeout=WAIT_S) for call in calls)
             until(lambda: other.call("ServerLive").live)
@@ -614,8 +613,7 @@ def test_a_message_that_does_not_arrive_in_time_ends_its_call(path):
         try:
             with pytest.raises(grpc.RpcError) as caught:
                 call.result(timeout=WAIT_S)
-            assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-            assert caught.value.details() == "the request did not arrive within 0.2 s"
+            assert caught.value.code() is grpc.StatusCode.CANCELLED
         finally:
             stop.set()
         assert client.call("ModelInfer", infer_request(), timeout=WAIT_S)
@@ -636,6 +634,31 @@ def test_a_slow_engine_is_no_slow_message(gate):
         time.sleep(0.3)
         gate.open.set()
         assert call.result(timeout=WAIT_S)
+
+
+def frame(kind, flags, payload):
+    """Of HTTP/2, on its first stream; settings are of none."""
+    return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + (kind != 4).to_bytes(4, "big") + payload
+
+
+@pytest.mark.parametrize("path", [b"/\xff\xfe/x", "/Ä/Ö".encode(), b"/a\nb", b"", b"/" + b"x" * 90])
+@pytest.mark.parametrize(
+    "header", [(b"x-request-id", b"\xff\xfe"), (b"x-\xff", b"a"), (b"a-bin", b"!"), (b"b", b"\x00")]
+)
+def test_paths_and_metadata_that_no_client_sends_do_not_stop_the_server(client, tiny, path, header):
+    pairs = [
+        (b":method", b"POST"), (b":scheme", b"http"), (b":path", path), (b":authority", b"x"),
+        (b"content-type", b"application/grpc"), (b"te", b"trailers"), header,
+    ]  # fmt: skip
+    block = b"".join(b"\x00" + bytes([len(name)]) + name + bytes([len(value)]) + value for name, value in pairs)
+    with socket.create_connection(("127.0.0.1", tiny[0].server.grpc.port), WAIT_S) as raw:
+        raw.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, b""))
+        raw.sendall(frame(1, 4, block) + frame(0, 1, bytes(5)))
+        found = b""
+        while b"grpc-status" not in found and (chunk := raw.recv(1 << 16)):
+            found += chunk
+    assert client.call("ServerLive").live
+    assert client.call("ModelInfer", infer_request(), timeout=WAIT_S)
 
 
 # ------------------------------------------------------------------------------------------------------------ streams

@@ -1,27 +1,31 @@
 """The gRPC side: the Open Inference Protocol's service, health (grpc.health.v1) and reflection.
 
-On grpc.aio and the HTTP server's own event loop, so that both share models, queues, limits and the order to stop
-without a lock. A server with a pool of threads was measured, too (one request in flight, 8 and 32): the differences
-were smaller than the noise, and it needs a thread for every waiting request. Messages are parsed here and not by grpc,
-whose errors about them would name its own internals.
+grpc's threads receive, send and wait; all else happens in coroutines on the HTTP server's event loop, so that both
+protocols share models, queues, limits and the order to stop without a lock. Not on grpc.aio: there, one call whose path
+is not UTF-8 ends the whole server (seen with grpcio 1.85), and it was not measurably faster.
 
-One door for all methods (``_Door``): keys, draining, calls at the same time. One way out for all errors (``as_told``):
-the texts are REST's, the codes follow from its statuses. Methods with one request are offered as if they took a stream
-of them, which is the same on the wire, so that a message that does not arrive can be given up.
+One door for all methods (``_Door``): keys and draining. One way out for all errors (``as_told``): the texts are REST's,
+the codes follow from its statuses. Messages are parsed here and not by grpc, whose errors about them would name its own
+internals. Methods with one request are offered as if they took a stream of them, which is the same on the wire, so that
+a message that does not arrive can be given up.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import queue
+import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, TypeVar
 from urllib.parse import unquote
 
 import grpc
-import grpc.aio
 from google.protobuf import json_format
 from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2
@@ -33,7 +37,6 @@ from mcruntime.server.app import EXTENSIONS, VERSION, App, refuse_control, refus
 from mcruntime.server.body import Lease
 from mcruntime.server.config import model_config
 from mcruntime.server.errors import (
-    DeadlineError,
     NotFoundError,
     OverloadedError,
     RequestError,
@@ -61,6 +64,7 @@ OPEN_TO_ALL = frozenset({CHECK, WATCH, f"/{oip.SERVICE}/ServerLive", f"/{oip.SER
 REPOSITORY = ("RepositoryIndex", "RepositoryModelLoad", "RepositoryModelUnload")
 WORK = frozenset({INFER, STREAM, *(f"/{oip.SERVICE}/{name}" for name in REPOSITORY)})
 
+T = TypeVar("T")
 Handle = Callable[[Any, Request], Awaitable[Any]]  # a message and its call -> the answer's message
 
 
@@ -71,28 +75,34 @@ class GrpcServer:
         port: that it listens on.
     """
 
-    def __init__(self, server: Any, health: _Health, port: int) -> None:
+    def __init__(self, server: Any, bridge: _Bridge, port: int) -> None:
         self.port = port
         self._server = server
-        self._health = health
+        self._bridge = bridge
+        self._sweeper = asyncio.create_task(bridge.give_up_on_the_late())
 
     async def stop(self, grace_s: float = GRACE_S) -> None:
         """Take no more calls, and cut off those that are not done after ``grace_s`` seconds."""
-        self._health.stopping = True
-        await self._server.stop(grace_s)
+        self._bridge.stopping.set()
+        ended = self._server.stop(grace_s)
+        await asyncio.to_thread(ended.wait)
+        self._sweeper.cancel()
 
 
 async def start(app: App, options: ServerOptions) -> GrpcServer:
-    """Listen on ``options.grpc_port``, on the running event loop.
+    """Listen on ``options.grpc_port``; calls are answered on the running event loop.
 
     Raises:
         InputError: the address cannot be listened on, or a TLS file is not what it should be.
     """
-    arrivals = _Arrivals(options.body_timeout_s)
-    health = _Health(app, arrivals)
-    handlers = {**_Service(app, arrivals).handlers(), **health.handlers(), **_reflection_handlers()}
-    server = grpc.aio.server(options=_channel_options(options))
-    server.add_generic_rpc_handlers((_Door(app, handlers),))
+    bridge = _Bridge(app, asyncio.get_running_loop())
+    handlers = {**_Service(app, bridge).handlers(), **_Health(app, bridge).handlers(), **_reflection_handlers()}
+    server = grpc.server(
+        ThreadPoolExecutor(options.max_connections, thread_name_prefix="grpc"),  # a thread for every call in flight
+        handlers=(_Door(app, bridge, handlers),),
+        options=_channel_options(options),
+        maximum_concurrent_rpcs=options.max_connections,
+    )
     address = f"[{options.host}]" if ":" in options.host else options.host
     try:
         port = _open_port(server, f"{address}:{options.grpc_port}", options)
@@ -100,8 +110,8 @@ async def start(app: App, options: ServerOptions) -> GrpcServer:
         raise InputError(
             f"{address}:{options.grpc_port}: cannot serve gRPC there; is it in use? choose another --grpc-port, or 0"
         ) from None
-    await server.start()
-    return GrpcServer(server, health, port)
+    server.start()
+    return GrpcServer(server, bridge, port)
 
 
 def _channel_options(options: ServerOptions) -> list[tuple[str, int]]:
@@ -136,7 +146,7 @@ def _reflection_handlers() -> dict[str, Any]:
         pool.AddSerializedFile(file.serialized_pb)
     names = (oip.SERVICE, HEALTH, reflection.SERVICE_NAME)
     handler = grpc.stream_stream_rpc_method_handler(
-        reflection.aio.ReflectionServicer(names, pool=pool).ServerReflectionInfo,
+        reflection.ReflectionServicer(names, pool=pool).ServerReflectionInfo,
         reflection_pb2.ServerReflectionRequest.FromString,
         reflection_pb2.ServerReflectionResponse.SerializeToString,
     )
@@ -149,92 +159,145 @@ def _reflection_handlers() -> dict[str, Any]:
 class _Door(grpc.GenericRpcHandler):  # type: ignore[misc]
     """What holds for every call, before its message is read.
 
-    Not an interceptor, which would cost every call three coroutines more.
-
     Args:
         handlers: of all methods of all services, by path.
     """
 
-    def __init__(self, app: App, handlers: Mapping[str, Any]) -> None:
+    def __init__(self, app: App, bridge: _Bridge, handlers: Mapping[str, Any]) -> None:
         self._app = app
+        self._bridge = bridge
         self._handlers = handlers
-        self._max_calls = app.options.max_connections
-        self._calls = 0
 
     def service(self, details: Any) -> Any:
         """What answers a call; None: there is no such method."""
-        task = asyncio.current_task()  # grpc's own, of this one call
-        assert task is not None
-        self._calls += 1
-        task.add_done_callback(self._left)
         path, keys = details.method, self._app.keys
         if keys is not None and path not in OPEN_TO_ALL and not keys.allow(_headers(details.invocation_metadata)):
             return self._refuse(path, RequestError("an API key is needed: authorization: Bearer KEY", 401))
         if self._app.draining and path in WORK:
             return self._refuse(path, UnavailableError("the server is shutting down"))
-        if self._calls > self._max_calls:
-            return self._refuse(path, OverloadedError("too many calls at the same time; try again"))
         return self._handlers.get(path)
-
-    def _left(self, task: Any) -> None:
-        self._calls -= 1
 
     def _refuse(self, path: str, error: RequestError) -> Any:
         """A handler that reads nothing; on the wire it fits every kind of method."""
 
-        async def refuse(requests: Any, context: Any) -> None:
-            await _abort(self._app, _call_to(path), context, error, time.perf_counter())
+        def refuse(requests: Any, context: Any) -> Iterator[bytes]:
+            self._bridge.answer(_Call(path, context, self._app), partial(_fail, error))
+            yield b""  # never reached: an error was answered
 
         return grpc.stream_stream_rpc_method_handler(refuse)
 
 
-class _Arrivals:
-    """Reads the messages of calls that have one, and gives up on those that do not arrive in time.
+async def _fail(error: RequestError) -> bytes:
+    raise error
 
-    With one timer for all: one for each call would cost more than its parsing.
+
+# ----------------------------------------------------------------------------------------------- threads and the loop
+
+
+class _Call(Request):
+    """A call. Its metadata is read only where somebody asks."""
+
+    __slots__ = ("_app", "began", "context")
+
+    def __init__(self, path: str, context: Any, app: App) -> None:
+        super().__init__("POST", path, b"", {}, _no_body)
+        self.context = context
+        self.began = time.perf_counter()
+        self._app = app
+
+    def introduce(self) -> None:
+        """Fill in headers and id."""
+        if not self.id:
+            self.headers = _headers(self.context.invocation_metadata())
+            self.id = self._app.id_of(self.headers)
+
+
+@dataclass(frozen=True)
+class _Refusal:
+    """An error, as a client is answered."""
+
+    status: int  # of HTTP
+    text: str
+    trailers: tuple[tuple[str, str], ...]
+
+
+class _Bridge:
+    """Between grpc's threads, which may block, and the event loop, which may not.
+
+    Attributes:
+        stopping: set when the server takes no more calls.
     """
 
-    def __init__(self, timeout_s: float) -> None:
-        self._timeout_s = timeout_s
-        self._since: dict[asyncio.Task[Any], float] = {}  # who waits, the oldest first, on the loop's clock
-        self._late: set[asyncio.Task[Any]] = set()
-        self._is_watched = False
+    def __init__(self, app: App, loop: asyncio.AbstractEventLoop) -> None:
+        self.stopping = threading.Event()
+        self._app = app
+        self._loop = loop
+        self._timeout_s = app.options.body_timeout_s
+        self._lock = threading.Lock()
+        self._since: dict[Any, float] = {}  # contexts of calls whose message is awaited, on time.monotonic's clock
 
-    async def read(self, context: Any) -> bytes:
-        """The message of a call.
+    def read(self, requests: Iterator[bytes], context: Any) -> bytes | None:
+        """The message of a call that has one; None: it has none. Blocks.
 
         Raises:
-            RequestError: 400, there is none; 504, it did not arrive in time.
+            grpc.RpcError: the call is over, perhaps since its message did not arrive in time.
         """
-        task, loop = asyncio.current_task(), asyncio.get_running_loop()
-        assert task is not None
-        self._since[task] = loop.time()
-        if not self._is_watched:
-            self._is_watched = True
-            loop.call_later(self._timeout_s, self._sweep, loop)
+        with self._lock:
+            self._since[context] = time.monotonic()
         try:
-            data = await context.read()
-        except asyncio.CancelledError:
-            if task not in self._late:
-                raise
-            self._late.discard(task)
-            task.uncancel()
-            raise DeadlineError(f"the request did not arrive within {self._timeout_s:g} s") from None
+            return next(requests, None)
         finally:
-            del self._since[task]
-        if data is grpc.aio.EOF:
-            raise RequestError("the call has no request")
-        return bytes(data)
+            with self._lock:
+                del self._since[context]
 
-    def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:
-        for task, since in self._since.items():
-            if since + self._timeout_s > loop.time():
-                loop.call_at(since + self._timeout_s, self._sweep, loop)
-                return
-            if task not in self._late:
-                self._late.add(task)
-                task.cancel()
-        self._is_watched = False
+    async def give_up_on_the_late(self) -> None:
+        """Cancel calls whose message does not arrive in time. Runs on the loop until it is cancelled itself."""
+        while True:
+            await asyncio.sleep(min(1.0, self._timeout_s / 4))
+            with self._lock:
+                waiting = list(self._since.items())
+            for context, since in waiting:
+                if since <= time.monotonic() - self._timeout_s:
+                    context.cancel()
+
+    def answer(self, call: _Call, work: Callable[[], Awaitable[T]]) -> T:
+        """What a coroutine on the loop answers to a call; cancelled with it. Blocks.
+
+        Raises:
+            Exception: what grpc raises once the client was told of an error.
+        """
+        future = self.submit(partial(self._noted, call, work))
+        if not call.context.add_callback(future.cancel):
+            future.cancel()
+        try:
+            outcome = future.result()
+        except CancelledError:  # mostly since the call is over, and nobody hears this
+            outcome = _Refusal(503, "the server is shutting down", ())
+        if isinstance(outcome, _Refusal):
+            call.context.set_trailing_metadata(outcome.trailers)
+            call.context.abort(grpc.StatusCode[GRPC_CODES.get(outcome.status, "INTERNAL")], outcome.text)
+            raise AssertionError("abort raises")
+        return outcome
+
+    def submit(self, work: Callable[[], Coroutine[Any, Any, T]]) -> Future[T]:
+        """Start a coroutine on the loop."""
+        return asyncio.run_coroutine_threadsafe(work(), self._loop)
+
+    async def _noted(self, call: _Call, work: Callable[[], Awaitable[T]]) -> T | _Refusal:
+        """The answer, or the error as the client is told of it; and those who want to know of the call are told."""
+        try:
+            answer = await work()
+        except asyncio.CancelledError:
+            _observe(self._app, call, 499, "the call was cancelled")
+            raise
+        except Exception as error:
+            told = _told(self._app, call, error)
+            trailers: tuple[tuple[str, str], ...] = (("x-request-id", call.id),)
+            if told.retry_after_s is not None:
+                trailers = (*trailers, ("grpc-retry-pushback-ms", str(told.retry_after_s * 1000)))
+            return _Refusal(told.status, str(told), trailers)
+        _observe(self._app, call, 200, "")
+        return answer
 
 
 # ---------------------------------------------------------------------------------------------------------- the service
@@ -243,9 +306,9 @@ class _Arrivals:
 class _Service:
     """The methods of the protocol: each one gets a parsed message and answers one."""
 
-    def __init__(self, app: App, arrivals: _Arrivals) -> None:
+    def __init__(self, app: App, bridge: _Bridge) -> None:
         self._app = app
-        self._arrivals = arrivals
+        self._bridge = bridge
         self._models = app.models
         self._messages = oip.methods()
 
@@ -273,60 +336,66 @@ class _Service:
         handlers[STREAM] = grpc.stream_stream_rpc_method_handler(self._stream)
         return handlers
 
-    async def _serve(self, path: str, request_class: Any, handle: Handle, requests: Any, context: Any) -> bytes:
+    def _serve(self, path: str, request_class: Any, handle: Handle, requests: Iterator[bytes], context: Any) -> bytes:
         """One call with one message each way."""
-        began = time.perf_counter()
-        call = _call_to(path)
-        is_work = path in WORK
+        call = _Call(path, context, self._app)
+        data = self._bridge.read(requests, context)
+        return self._bridge.answer(call, partial(self._work, call, request_class, handle, data))
+
+    async def _work(self, call: _Call, request_class: Any, handle: Handle, data: bytes | None) -> bytes:
+        if data is None:
+            raise RequestError("the call has no request")
+        is_work = call.path in WORK
+        if is_work and self._app.draining:
+            raise UnavailableError("the server is shutting down")
+        if call.path != INFER:  # where nobody looks at them
+            call.introduce()
         self._app.in_flight += is_work
         try:
-            data = await self._arrivals.read(context)
-            if path != INFER:  # where nobody looks at them
-                _introduce(call, context, self._app)
             with Lease(self._app.budget) as lease:
                 lease.take(len(data))
                 answer = await handle(read_message(request_class, data), call)
-            packed: bytes = answer.SerializeToString()
-        except asyncio.CancelledError:
-            _observe(self._app, call, context, 499, "the call was cancelled", began)
-            raise
-        except Exception as error:
-            await _abort(self._app, call, context, error, began)
+            return bytes(answer.SerializeToString())
         finally:
             self._app.in_flight -= is_work
-        _observe(self._app, call, context, 200, "", began)
-        return packed
 
-    async def _stream(self, requests: Any, context: Any) -> None:
+    def _stream(self, requests: Iterator[bytes], context: Any) -> Iterator[bytes]:
         """A stream of requests, each answered once, in order; up to ``MAX_AHEAD`` of them are in flight together."""
-        waiting: asyncio.Queue[asyncio.Task[Any] | None] = asyncio.Queue(MAX_AHEAD)
-        tasks: set[asyncio.Task[Any]] = set()
+        ahead = threading.Semaphore(MAX_AHEAD)
+        waiting: queue.SimpleQueue[Future[bytes] | None] = queue.SimpleQueue()
+        pending: set[Future[bytes]] = set()
+        is_over = threading.Event()
 
-        async def read() -> None:
-            try:
-                async for data in requests:
-                    task = asyncio.create_task(self._stream_answer(data, context))
-                    tasks.add(task)
-                    task.add_done_callback(tasks.discard)
-                    await waiting.put(task)
-            except grpc.aio.BaseError:  # the call is over
-                pass
-            await waiting.put(None)
+        def read() -> None:
+            with contextlib.suppress(grpc.RpcError):  # the call is over
+                for data in requests:
+                    ahead.acquire()
+                    if is_over.is_set():
+                        return
+                    future = self._bridge.submit(partial(self._stream_answer, data, context))
+                    pending.add(future)
+                    waiting.put(future)
+            waiting.put(None)
 
-        reader = asyncio.create_task(read())
-        try:
-            while (task := await waiting.get()) is not None:
-                await context.write((await task).SerializeToString())
-        finally:
-            for one in (reader, *tasks):
-                one.cancel()
+        def end() -> None:
+            is_over.set()
+            ahead.release()
+            for future in list(pending):
+                future.cancel()
 
-    async def _stream_answer(self, data: bytes, context: Any) -> Any:
+        context.add_callback(end)
+        threading.Thread(target=read, name="grpc-stream", daemon=True).start()
+        with contextlib.suppress(CancelledError):
+            while (future := waiting.get()) is not None:
+                yield future.result()
+                pending.discard(future)
+                ahead.release()
+
+    async def _stream_answer(self, data: bytes, context: Any) -> bytes:
         """The answer to one request of a stream; an error is an answer, too, and the stream goes on."""
         request_class, answer_class = self._messages["ModelStreamInfer"]
-        began = time.perf_counter()
-        call = _call_to(STREAM)
-        message, status, text = request_class(), 200, ""
+        call = _Call(STREAM, context, self._app)
+        message = request_class()
         self._app.in_flight += 1
         try:
             with Lease(self._app.budget) as lease:
@@ -336,20 +405,16 @@ class _Service:
                     raise UnavailableError("the server is shutting down")
                 answer = answer_class(infer_response=await self._infer(message, call))
             answer.infer_response.parameters["triton_final_response"].bool_param = True
+            _observe(self._app, call, 200, "")
         except asyncio.CancelledError:
-            status, text = 499, "the call was cancelled"
+            _observe(self._app, call, 499, "the call was cancelled")
             raise
         except Exception as error:
-            _introduce(call, context, self._app)
-            told = as_told(error, call.id)
-            self._app.count_failure(call.model, call.version, told.status)
-            status, text = told.status, str(told)
-            answer = answer_class(error_message=text)
+            answer = answer_class(error_message=str(_told(self._app, call, error)))
             answer.infer_response.id = message.id
         finally:
             self._app.in_flight -= 1
-            _observe(self._app, call, context, status, text, began)
-        return answer
+        return bytes(answer.SerializeToString())
 
     # ------------------------------------------------------------------------------------------- health and metadata
 
@@ -435,11 +500,10 @@ class _Service:
 class _Health:
     """grpc.health.v1: serving as soon as, and as long as, the HTTP side calls itself ready."""
 
-    def __init__(self, app: App, arrivals: _Arrivals) -> None:
+    def __init__(self, app: App, bridge: _Bridge) -> None:
         self._app = app
-        self._arrivals = arrivals
-        self._watchers = 0
-        self.stopping = False
+        self._bridge = bridge
+        self._watchers = threading.Semaphore(MAX_WATCHERS)
 
     def handlers(self) -> dict[str, Any]:
         """Of both methods, by path."""
@@ -448,47 +512,50 @@ class _Health:
             WATCH: grpc.stream_stream_rpc_method_handler(self._watch),
         }
 
-    async def _check(self, requests: Any, context: Any) -> bytes:
+    def _check(self, requests: Iterator[bytes], context: Any) -> bytes:
         """The state now; NOT_FOUND for a service that this server does not have."""
-        began, call = time.perf_counter(), _call_to(CHECK)
-        try:
-            status = self._status(await self._service(context))
-            if status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN:
-                raise NotFoundError("there is no such service here")
-        except RequestError as error:
-            await _abort(self._app, call, context, error, began)
-        _observe(self._app, call, context, 200, "", began)
+        call = _Call(CHECK, context, self._app)
+        data = self._bridge.read(requests, context)
+        return self._bridge.answer(call, partial(self._state_of, data))
+
+    async def _state_of(self, data: bytes | None) -> bytes:
+        status = self._status(_service_in(data))
+        if status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN:
+            raise NotFoundError("there is no such service here")
         return _packed(status)
 
-    async def _watch(self, requests: Any, context: Any) -> None:
+    def _watch(self, requests: Iterator[bytes], context: Any) -> Iterator[bytes]:
         """The state now and whenever it changes."""
-        began, call = time.perf_counter(), _call_to(WATCH)
-        self._watchers += 1
+        call = _Call(WATCH, context, self._app)
+        data = self._bridge.read(requests, context)
+        if not self._watchers.acquire(blocking=False):
+            self._bridge.answer(call, partial(_fail, OverloadedError("too many watch already; call Check")))
         try:
-            if self._watchers > MAX_WATCHERS:
-                raise OverloadedError("too many watch already; call Check")
-            service, told = await self._service(context), None
-            while not self.stopping:
+            service, told = self._bridge.answer(call, partial(self._watched, data)), None
+            while context.is_active() and not self._bridge.stopping.is_set():
                 status = self._status(service)
                 if status != told:
-                    await context.write(_packed(status))
+                    yield _packed(status)
                     told = status
-                await asyncio.sleep(WATCH_S)
-        except RequestError as error:
-            await _abort(self._app, call, context, error, began)
+                self._bridge.stopping.wait(WATCH_S)
         finally:
-            self._watchers -= 1
+            self._watchers.release()
 
-    async def _service(self, context: Any) -> str:
-        """The name that a client asks for."""
-        data = await self._arrivals.read(context)
-        return str(read_message(health_pb2.HealthCheckRequest, data).service)
+    async def _watched(self, data: bytes | None) -> str:
+        return _service_in(data)
 
     def _status(self, service: str) -> Any:
         states = health_pb2.HealthCheckResponse
         if service not in ("", oip.SERVICE):
             return states.SERVICE_UNKNOWN
         return states.SERVING if _is_ready(self._app) else states.NOT_SERVING
+
+
+def _service_in(data: bytes | None) -> str:
+    """The name that a client asks for."""
+    if data is None:
+        raise RequestError("the call has no request")
+    return str(read_message(health_pb2.HealthCheckRequest, data).service)
 
 
 def _packed(status: Any) -> bytes:
@@ -507,37 +574,17 @@ def _headers(metadata: Iterable[tuple[str, str | bytes]]) -> dict[bytes, bytes]:
     return {key.encode(): value if isinstance(value, bytes) else value.encode() for key, value in metadata or ()}
 
 
-def _call_to(path: str) -> Request:
-    """A call that has just come."""
-    return Request("POST", path, b"", {}, _no_body)
-
-
-def _introduce(call: Request, context: Any, app: App) -> None:
-    """Read what stands in a call's metadata, which most calls are answered without."""
-    if not call.id:
-        call.headers = _headers(context.invocation_metadata())
-        call.id = app.id_of(call.headers)
-
-
 async def _no_body() -> bytes:
     return b""
 
 
-async def _abort(app: App, call: Request, context: Any, error: Exception, began: float) -> NoReturn:
-    """Answer an error; raises, as grpc wants it.
-
-    Raises:
-        grpc.aio.AbortError: always.
-    """
-    _introduce(call, context, app)
+def _told(app: App, call: _Call, error: Exception) -> RequestError:
+    """What a client is told of an error, counted and noted."""
+    call.introduce()
     told = as_told(error, call.id)
     app.count_failure(call.model, call.version, told.status)
-    _observe(app, call, context, told.status, str(told), began)
-    trailers: tuple[tuple[str, str], ...] = (("x-request-id", call.id),)
-    if told.retry_after_s is not None:
-        trailers = (*trailers, ("grpc-retry-pushback-ms", str(told.retry_after_s * 1000)))
-    await context.abort(grpc.StatusCode[GRPC_CODES.get(told.status, "INTERNAL")], str(told), trailers)
-    raise AssertionError("abort raises")
+    _observe(app, call, told.status, str(told))
+    return told
 
 
 def _host_of(peer: str) -> str:
@@ -545,19 +592,19 @@ def _host_of(peer: str) -> str:
     return unquote(peer).partition(":")[2].rpartition(":")[0].strip("[]")
 
 
-def _observe(app: App, call: Request, context: Any, status: int, error: str, began: float) -> None:
+def _observe(app: App, call: _Call, status: int, error: str) -> None:
     app.grpc_answered[status] += 1
     if not app.is_observed(status):
         return
-    _introduce(call, context, app)
-    seconds = time.perf_counter() - began
+    call.introduce()
+    seconds = time.perf_counter() - call.began
     seen = Seen(
         protocol="grpc",
         method=call.path.rpartition("/")[2],
         path=call.path,
         status=status,
         request_id=call.id,
-        client=_host_of(context.peer()),
+        client=_host_of(call.context.peer()),
         started=time.time_ns() - int(seconds * 1e9),
         seconds=seconds,
         model=call.model,
