@@ -11,9 +11,11 @@ import argparse
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -32,16 +34,18 @@ expected-statuses = ["2xx", 403, 404, 503, 504]
 """
 
 
-def start(bundle, keys=None):
+def start(bundle, log, keys=None):
+    """The server and its address; it writes into a file, since it would wait for a pipe that nobody empties."""
     command = [sys.executable, "-m", "mcruntime.server", str(bundle), "--port", "0", "--max-batch-size", "2"]
     command += ["--api-keys", str(keys)] if keys else []
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment())
-    said = []
-    for line in server.stdout:
-        said.append(line)
-        if "listening on " in line:
-            return server, line.rpartition("listening on ")[2].strip()
-    raise SystemExit("".join(said))
+    with log.open("w") as stream:
+        server = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment())
+    while server.poll() is None:
+        found = re.search(r"listening on (\S+)\n", log.read_text())
+        if found:
+            return server, found[1]
+        time.sleep(0.1)
+    raise SystemExit(log.read_text())
 
 
 def environment(**more):
@@ -105,13 +109,15 @@ def main():
         bundle = write_bundle(folder / "bundle")
         (folder / "keys").write_text(KEY + "\n")
         for what, keys in (("open", None), ("with an API key", folder / "keys")):
-            server, url = start(bundle, keys)
+            log = folder / f"{len(found)}.log"
+            server, url = start(bundle, log, keys)
             try:
                 code, found[what] = run(
                     tool, url, folder, given.max_examples, given.seed, KEY if keys else None, given.only
                 )
                 found[what]["exit_code"] = code
                 found[what]["server_still_runs"] = server.poll() is None
+                found[what]["lines_in_the_servers_log"] = len(log.read_text().splitlines()) - 2  # at start
             finally:
                 server.terminate()
                 server.wait(60)

@@ -295,7 +295,7 @@ def _wiring(names: tuple[str, ...]) -> Tree:
     return _operation(
         "Images",
         "The connections that an image opens",
-        _answer("Every connection that a router decides.", _ref("schemas", "Wiring")),
+        _answer("Every connection of the stages that depend on the image.", _ref("schemas", "Wiring")),
         404,
         504,
         parameters=(*names, "X-Request-ID"),
