@@ -818,7 +818,7 @@ def test_a_bad_form_is_refused(server, boundary, body):
 @pytest.mark.parametrize(("part", "what"), [(PART % b"a", "fields"), (PNG_FILE % b"a", "files")])
 def test_parts_of_a_form_are_counted_before_they_are_kept(server, part, what):
     form = "Content-Type: multipart/form-data; boundary=b"
-    assert f"Too many {what}" in refused(server.say(post("/predict", part * 100 + b"--b--\r\n", form)), 400)
+    assert f"Too many {what}" in refused(server.say(post("/predict", part * 200 + b"--b--\r\n", form)), 400)
 
 
 # ---------------------------------------------------------------------------------------------- bombs and broken images
