@@ -62,9 +62,7 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise DataError("the bytes are not an image that can be read; send a JPEG, PNG or WebP file") from None
     width, height = image.size
     if width * height > max_pixels:
-        raise ImageTooLargeError(
-            f"the image has {width} x {height} pixels, more than {max_pixels}; send a smaller one"
-        )
+        raise ImageTooLargeError(f"the image has {width} x {height} pixels, more than {max_pixels}; send a smaller one")
     try:
         image.load()
     except DECODE_ERRORS:
