@@ -7,9 +7,11 @@ import io
 import json
 import logging
 import re
+import threading
 import warnings
 
 import pytest
+from live_server import until
 from mcruntime.server import logs
 from mcruntime.server.logs import JsonLines, Rate, Refusals, TextLines, describe, log_request, to_stderr
 from mcruntime.server.options import ServerOptions
@@ -264,3 +266,38 @@ def test_both_forms_carry_an_unserializable_field_as_text():
     record = logging.makeLogRecord({"msg": "m", "fields": {"what": object}, "levelname": "INFO"})
     assert json.loads(JsonLines().format(record))["what"] == "<class 'object'>"
     assert TextLines().format(record).endswith("m what=\"<class 'object'>\"")
+
+
+class Stuck(io.StringIO):
+    """A pipe that nobody reads, until somebody does."""
+
+    def __init__(self):
+        super().__init__()
+        self.reader = threading.Event()
+
+    def write(self, text):
+        assert self.reader.wait(10)
+        return super().write(text)
+
+
+def test_a_log_that_nobody_reads_holds_nobody_up_and_says_what_it_lost(monkeypatch):
+    monkeypatch.setattr("mcruntime.server.logs.MAX_WAITING", 5)
+    stream, log = Stuck(), logging.getLogger("mcruntime.server")
+    with to_stderr(ServerOptions(), stream):
+        for number in range(50):
+            log.info("line %d", number)  # would wait for ever
+        stream.reader.set()
+        until(lambda: "line 4" in stream.getvalue())
+        log.info("the next one")
+    lines = stream.getvalue().splitlines()
+    assert 5 <= len(lines) <= 8
+    lost = int(re.search(r"the next one lines_lost=(\d+)", lines[-1])[1])
+    assert lost + len(lines) - 1 == 50
+
+
+def test_a_log_that_is_stuck_for_good_does_not_keep_the_server_from_ending(monkeypatch):
+    monkeypatch.setattr("mcruntime.server.logs.LAST_LINES_S", 0.05)
+    stream = Stuck()
+    with to_stderr(ServerOptions(), stream):
+        logging.getLogger("mcruntime.server").info("never read")
+    stream.reader.set()

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 import logging
+import queue
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from logging.handlers import QueueHandler
 from typing import Any, TextIO
 
 from mcruntime.server.options import ServerOptions
@@ -22,6 +25,8 @@ from mcruntime.server.seen import Observer, Seen
 REFUSALS_PER_S = 5.0  # logged without --access-log; one client's mistake must not fill the disk
 REFUSALS_BURST = 20
 OTHERS_PER_S = 1.0  # of the trace exporter's complaints, of which there may be one a request
+MAX_WAITING = 10_000  # lines that are not written yet
+LAST_LINES_S = 1.0  # in which they must be, at the end
 MAX_PATH = 256  # characters of a path
 MAX_ERROR = 512
 PLAIN = re.compile(r"[A-Za-z0-9_.:/@%+,{}-]+")
@@ -31,10 +36,16 @@ logger = logging.getLogger("mcruntime.server")
 
 @contextmanager
 def to_stderr(options: ServerOptions, stream: TextIO | None = None) -> Iterator[None]:
-    """Write all logs of this process in one form, for the time of the block; also uvicorn's and Python's warnings."""
-    handler = logging.StreamHandler(stream or sys.stderr)
-    handler.setFormatter(JsonLines() if options.log_json else TextLines())
+    """Write all logs of this process in one form, for the time of the block; also uvicorn's and Python's warnings.
+
+    A thread of its own writes: stderr may be a pipe that nobody reads, and the event loop must not wait for it.
+    """
+    writer = logging.StreamHandler(stream or sys.stderr)
+    writer.setFormatter(JsonLines() if options.log_json else TextLines())
+    handler = Mailbox()
     handler.addFilter(_bound_exporter(Rate(OTHERS_PER_S, 5)))
+    thread = threading.Thread(target=handler.deliver, args=(writer,), name="log", daemon=True)
+    thread.start()
     root, ours = logging.getLogger(), logging.getLogger("mcruntime")
     before = ours.level
     ours.setLevel(logging.INFO)
@@ -46,6 +57,43 @@ def to_stderr(options: ServerOptions, stream: TextIO | None = None) -> Iterator[
         logging.captureWarnings(False)
         root.removeHandler(handler)
         ours.setLevel(before)
+        handler.close_box()
+        thread.join(LAST_LINES_S)
+
+
+class Mailbox(QueueHandler):
+    """Takes records without waiting. What does not fit is counted, and the next that does says so.
+
+    Attributes:
+        lost: records since the last one that fitted.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(queue.Queue(MAX_WAITING))
+        self.lost = 0
+
+    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
+        return record  # its fields and its traceback are needed whole; it stays in this process
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        if self.lost:
+            record.fields = {**getattr(record, "fields", {}), "lines_lost": self.lost}
+        try:
+            self.queue.put_nowait(record)
+        except queue.Full:
+            self.lost += 1
+        else:
+            self.lost = 0
+
+    def deliver(self, writer: logging.Handler) -> None:
+        """Hand all records over, until the box is closed."""
+        while (record := self.queue.get()) is not None:
+            writer.handle(record)
+
+    def close_box(self) -> None:
+        """Let ``deliver`` end after what is there; not if it hangs with a full box."""
+        with suppress(queue.Full):
+            self.queue.put_nowait(None)
 
 
 def observers(options: ServerOptions) -> tuple[list[Observer], list[Observer]]:
