@@ -61,7 +61,7 @@ class App:
 
     Attributes:
         draining: set it to answer 503 to readiness probes and new work, while what is in flight is finished.
-        in_flight: POST requests, and gRPC calls to infer or load, that have no answer yet.
+        grpc_in_flight: gRPC calls to infer or load that have no answer yet; counted by grpc's threads under their lock.
         answered: HTTP answers by status; ``HUNG_UP``: the client was gone before its answer.
         grpc_answered: the same of gRPC, in HTTP's statuses.
         is_locked: whether an API key is asked for.
@@ -82,7 +82,8 @@ class App:
         self.models = models
         self.options = options
         self.draining = False
-        self.in_flight = 0
+        self._in_flight = 0
+        self.grpc_in_flight = 0
         self.answered: Counter[int] = Counter()
         self.grpc_answered: Counter[int] = Counter()
         self.started = time.time()
@@ -108,7 +109,7 @@ class App:
         is_work = scope["method"] == "POST"
         request = Request(scope["method"], scope["path"], scope["query_string"], headers, _no_body)
         request.id = self.id_of(headers)
-        self.in_flight += is_work
+        self._in_flight += is_work
         try:
             with Lease(self.budget) as lease:
                 request.read = lambda: read_body(
@@ -126,8 +127,13 @@ class App:
             self._finished(scope, request, Response(status=HUNG_UP, error="the client hung up"), began)
             raise
         finally:
-            self.in_flight -= is_work
+            self._in_flight -= is_work
         self._finished(scope, request, response, began)
+
+    @property
+    def in_flight(self) -> int:
+        """POST requests, and gRPC calls to infer or load, that have no answer yet."""
+        return self._in_flight + self.grpc_in_flight
 
     def serves(self, path: str) -> bool:
         """Whether there is anything at a path."""
@@ -344,10 +350,7 @@ class App:
         limit_s = self.options.timeout_s if timeout_s is None else min(timeout_s, self.options.timeout_s)
         number = request.args.get("version", "")
         model, answer = await self.models.infer(request.model, number, images, limit_s, first=chosen)
-        request.version = model.spec.version
-        timing = request.timing
-        timing.queue_s, timing.compute_s, timing.batch = answer.queue_s, answer.compute_s, answer.batch
-        timing.ended = answer.ended
+        note_answer(request, model, answer)
         if self.mirror is not None:
             self.mirror(model, images, answer)
         return model, answer
@@ -398,6 +401,14 @@ class App:
             error=response.error,
         )
         self.observe(seen)
+
+
+def note_answer(request: Request, model: Model, answer: Answer) -> None:
+    """Write down which version answered a request, and where the time went."""
+    request.version = model.spec.version
+    timing = request.timing
+    timing.queue_s, timing.compute_s, timing.batch = answer.queue_s, answer.compute_s, answer.batch
+    timing.ended = answer.ended
 
 
 def refuse_load_parameters(parameters: dict[str, Any]) -> None:

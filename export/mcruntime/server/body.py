@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self
@@ -16,11 +17,12 @@ ENCODINGS = {b"gzip": 31, b"x-gzip": 31, b"deflate": 15}  # to zlib's window bit
 
 
 class Budget:
-    """Bytes of request bodies that may be held at the same time."""
+    """Bytes of request bodies that may be held at the same time; of HTTP on the event loop, and of gRPC in threads."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.used = 0
+        self.lock = threading.Lock()
 
 
 class Lease:
@@ -36,7 +38,8 @@ class Lease:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._budget.used -= self.held
+        with self._budget.lock:
+            self._budget.used -= self.held
 
     def take(self, num_bytes: int) -> None:
         """Hold more.
@@ -44,9 +47,10 @@ class Lease:
         Raises:
             OverloadedError: the budget is used up.
         """
-        if self._budget.used + num_bytes > self._budget.max_bytes:
-            raise OverloadedError("too many bytes of requests are being read; try again")
-        self._budget.used += num_bytes
+        with self._budget.lock:
+            if self._budget.used + num_bytes > self._budget.max_bytes:
+                raise OverloadedError("too many bytes of requests are being read; try again")
+            self._budget.used += num_bytes
         self.held += num_bytes
 
 

@@ -1,8 +1,8 @@
 """The gRPC side: the Open Inference Protocol's service, health (grpc.health.v1) and reflection.
 
-grpc's threads receive, send and wait; all else happens in coroutines on the HTTP server's event loop, so that both
-protocols share models, queues, limits and the order to stop without a lock. Not on grpc.aio: there, one call whose path
-is not UTF-8 ends the whole server (seen with grpcio 1.85), and it was not measurably faster.
+On grpc's own threads, which may block: a call to infer goes from there straight to the batcher and back. All other
+calls, and streams, go to the HTTP server's event loop. Not on grpc.aio: there, one call whose path is not UTF-8 ends
+the whole server (seen with grpcio 1.85), and it was not measurably faster.
 
 One door for all methods (``_Door``): keys and draining. One way out for all errors (``as_told``): the texts are REST's,
 the codes follow from its statuses. Messages are parsed here and not by grpc, whose errors about them would name its own
@@ -19,7 +19,6 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,10 +32,12 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from mcruntime.errors import InputError
 from mcruntime.server import oip
-from mcruntime.server.app import EXTENSIONS, VERSION, App, refuse_control, refuse_load_parameters
+from mcruntime.server.app import EXTENSIONS, VERSION, App, note_answer, refuse_control, refuse_load_parameters
+from mcruntime.server.batcher import Answer, Outcome, Ticket
 from mcruntime.server.body import Lease
 from mcruntime.server.config import model_config
 from mcruntime.server.errors import (
+    DeadlineError,
     NotFoundError,
     OverloadedError,
     RequestError,
@@ -44,10 +45,11 @@ from mcruntime.server.errors import (
     as_told,
 )
 from mcruntime.server.grpc_protocol import format_infer, parse_infer, read_message
-from mcruntime.server.models import Model
+from mcruntime.server.models import Closed, Model
 from mcruntime.server.options import ServerOptions
 from mcruntime.server.protocol import format_metadata
 from mcruntime.server.seen import Seen
+from mcruntime.server.tensors import Images, InferRequest
 from mcruntime.server.tls import tls_context
 from mcruntime.server.tracing import GRPC_CODES
 from mcruntime.server.web import Request
@@ -187,7 +189,7 @@ class _Door(grpc.GenericRpcHandler):  # type: ignore[misc]
         return grpc.stream_stream_rpc_method_handler(refuse)
 
 
-async def _fail(error: RequestError) -> bytes:
+def _fail(error: RequestError) -> bytes:
     raise error
 
 
@@ -210,15 +212,6 @@ class _Call(Request):
         if not self.id:
             self.headers = _headers(self.context.invocation_metadata())
             self.id = self._app.id_of(self.headers)
-
-
-@dataclass(frozen=True)
-class _Refusal:
-    """An error, as a client is answered."""
-
-    status: int  # of HTTP
-    text: str
-    trailers: tuple[tuple[str, str], ...]
 
 
 class _Bridge:
@@ -260,44 +253,135 @@ class _Bridge:
                 if since <= time.monotonic() - self._timeout_s:
                     context.cancel()
 
-    def answer(self, call: _Call, work: Callable[[], Awaitable[T]]) -> T:
-        """What a coroutine on the loop answers to a call; cancelled with it. Blocks.
+    def answer(self, call: _Call, work: Callable[[], T]) -> T:
+        """What ``work`` answers to a call; those who want to know of the call are told. Blocks.
 
         Raises:
+            grpc.RpcError: the call is over.
             Exception: what grpc raises once the client was told of an error.
         """
-        future = self.submit(partial(self._noted, call, work))
-        if not call.context.add_callback(future.cancel):
-            future.cancel()
         try:
-            outcome = future.result()
+            answer = work()
         except CancelledError:  # mostly since the call is over, and nobody hears this
-            outcome = _Refusal(503, "the server is shutting down", ())
-        if isinstance(outcome, _Refusal):
-            call.context.set_trailing_metadata(outcome.trailers)
-            call.context.abort(grpc.StatusCode[GRPC_CODES.get(outcome.status, "INTERNAL")], outcome.text)
-            raise AssertionError("abort raises")
-        return outcome
-
-    def submit(self, work: Callable[[], Coroutine[Any, Any, T]]) -> Future[T]:
-        """Start a coroutine on the loop."""
-        return asyncio.run_coroutine_threadsafe(work(), self._loop)
-
-    async def _noted(self, call: _Call, work: Callable[[], Awaitable[T]]) -> T | _Refusal:
-        """The answer, or the error as the client is told of it; and those who want to know of the call are told."""
-        try:
-            answer = await work()
-        except asyncio.CancelledError:
-            _observe(self._app, call, 499, "the call was cancelled")
+            self.observe(call, 499, "the call was cancelled")
+            call.context.abort(grpc.StatusCode.UNAVAILABLE, "the server is shutting down")
+        except grpc.RpcError:
             raise
         except Exception as error:
-            told = _told(self._app, call, error)
+            told = self.told(call, error)
             trailers: tuple[tuple[str, str], ...] = (("x-request-id", call.id),)
             if told.retry_after_s is not None:
                 trailers = (*trailers, ("grpc-retry-pushback-ms", str(told.retry_after_s * 1000)))
-            return _Refusal(told.status, str(told), trailers)
-        _observe(self._app, call, 200, "")
+            call.context.set_trailing_metadata(trailers)
+            call.context.abort(grpc.StatusCode[GRPC_CODES.get(told.status, "INTERNAL")], str(told))
+        self.observe(call, 200, "")
         return answer
+
+    def on_loop(self, call: _Call, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """What a coroutine on the event loop returns; cancelled with the call. Blocks.
+
+        Raises:
+            CancelledError: the call or the loop is over.
+        """
+        future = self.submit(work)
+        if not call.context.add_callback(future.cancel):
+            future.cancel()
+        return future.result()
+
+    def submit(self, work: Callable[[], Coroutine[Any, Any, T]]) -> Future[T]:
+        """Start a coroutine on the event loop."""
+        return asyncio.run_coroutine_threadsafe(work(), self._loop)
+
+    def infer(self, call: _Call, model: Model, images: Images, timeout_s: float) -> tuple[Model, Answer]:
+        """As ``App.infer``, without the event loop. Blocks.
+
+        Raises:
+            CancelledError: the call is over.
+            as ``Models.infer``.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            outcomes: queue.SimpleQueue[Outcome | None] = queue.SimpleQueue()
+            try:
+                ticket = model.batcher.submit(images, outcomes.put, deadline)
+            except Closed:
+                model = self._app.models.successor(model, call.args["version"])
+                continue
+            gone = partial(self._cancel, model, ticket, outcomes)
+            if not call.context.add_callback(gone):
+                gone()
+            answer = self._await(model, ticket, outcomes, deadline)
+            note_answer(call, model, answer)
+            if self._app.mirror is not None:
+                self._loop.call_soon_threadsafe(self._app.mirror, model, images, answer)
+            return model, answer
+
+    def _await(
+        self, model: Model, ticket: Ticket, outcomes: queue.SimpleQueue[Outcome | None], deadline: float
+    ) -> Answer:
+        try:
+            outcome = outcomes.get(timeout=max(0.0, deadline - time.monotonic()))
+        except queue.Empty:
+            if model.batcher.cancel(ticket):
+                raise DeadlineError from None
+            outcome = outcomes.get()  # it is being delivered
+        if outcome is None:
+            raise CancelledError
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    def _cancel(self, model: Model, ticket: Ticket, outcomes: queue.SimpleQueue[Outcome | None]) -> None:
+        """The call is over: take it out of the queue if it has no outcome yet."""
+        if model.batcher.cancel(ticket):
+            model.statistics.failed("canceled")
+            outcomes.put(None)
+
+    @contextlib.contextmanager
+    def in_flight(self, count: int = 1) -> Iterator[None]:
+        """Count work that a stop must wait for."""
+        with self._lock:
+            self._app.grpc_in_flight += count
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._app.grpc_in_flight -= count
+
+    def told(self, call: _Call, error: Exception) -> RequestError:
+        """What a client is told of an error, counted and noted."""
+        call.introduce()
+        told = as_told(error, call.id)
+        self._app.count_failure(call.model, call.version, told.status)
+        self.observe(call, told.status, str(told))
+        return told
+
+    def observe(self, call: _Call, status: int, error: str) -> None:
+        """Count a call that is over, and tell those who want to know."""
+        with self._lock:
+            self._app.grpc_answered[status] += 1
+            if not self._app.is_observed(status):
+                return
+            call.introduce()
+            seconds = time.perf_counter() - call.began
+            self._app.observe(
+                Seen(
+                    protocol="grpc",
+                    method=call.path.rpartition("/")[2],
+                    path=call.path,
+                    status=status,
+                    request_id=call.id,
+                    client=_host_of(call.context.peer()),
+                    started=time.time_ns() - int(seconds * 1e9),
+                    seconds=seconds,
+                    model=call.model,
+                    version=call.version,
+                    images=call.images,
+                    timing=call.timing,
+                    parent=call.header("traceparent"),
+                    error=error,
+                )
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------- the service
@@ -320,7 +404,6 @@ class _Service:
             "ModelReady": self._model_ready,
             "ServerMetadata": self._server,
             "ModelMetadata": self._metadata,
-            "ModelInfer": self._infer,
             "ModelConfig": self._config,
             "ModelStatistics": self._statistics,
             "RepositoryIndex": self._index,
@@ -333,31 +416,51 @@ class _Service:
             )
             for name, handle in unary.items()
         }
+        handlers[INFER] = grpc.stream_unary_rpc_method_handler(self._infer)
         handlers[STREAM] = grpc.stream_stream_rpc_method_handler(self._stream)
         return handlers
 
     def _serve(self, path: str, request_class: Any, handle: Handle, requests: Iterator[bytes], context: Any) -> bytes:
-        """One call with one message each way."""
+        """One call with one message each way, answered on the event loop."""
         call = _Call(path, context, self._app)
         data = self._bridge.read(requests, context)
-        return self._bridge.answer(call, partial(self._work, call, request_class, handle, data))
 
-    async def _work(self, call: _Call, request_class: Any, handle: Handle, data: bytes | None) -> bytes:
+        async def work(message: Any) -> Any:
+            return await handle(message, call)
+
+        def answer() -> bytes:
+            call.introduce()
+            with self._accepted(call, data) as whole:
+                message = read_message(request_class, whole)
+                return bytes(self._bridge.on_loop(call, partial(work, message)).SerializeToString())
+
+        return self._bridge.answer(call, answer)
+
+    def _infer(self, requests: Iterator[bytes], context: Any) -> bytes:
+        """The same of ModelInfer, without the event loop."""
+        call = _Call(INFER, context, self._app)
+        data = self._bridge.read(requests, context)
+
+        def answer() -> bytes:
+            with self._accepted(call, data) as whole:
+                chosen, asked = self._asked(read_message(self._messages["ModelInfer"][0], whole), call)
+                limit_s = min(asked.timeout_s or float("inf"), self._app.options.timeout_s)
+                model, found = self._bridge.infer(call, chosen, asked.images, limit_s)
+                return bytes(format_infer(asked, model.spec, found.logits).SerializeToString())
+
+        return self._bridge.answer(call, answer)
+
+    @contextlib.contextmanager
+    def _accepted(self, call: _Call, data: bytes | None) -> Iterator[bytes]:
+        """Within the limits, the message of a call that is answered now."""
         if data is None:
             raise RequestError("the call has no request")
         is_work = call.path in WORK
-        if is_work and self._app.draining:
-            raise UnavailableError("the server is shutting down")
-        if call.path != INFER:  # where nobody looks at them
-            call.introduce()
-        self._app.in_flight += is_work
-        try:
-            with Lease(self._app.budget) as lease:
-                lease.take(len(data))
-                answer = await handle(read_message(request_class, data), call)
-            return bytes(answer.SerializeToString())
-        finally:
-            self._app.in_flight -= is_work
+        with self._bridge.in_flight(is_work), Lease(self._app.budget) as lease:
+            if is_work and self._app.draining:
+                raise UnavailableError("the server is shutting down")
+            lease.take(len(data))
+            yield data
 
     def _stream(self, requests: Iterator[bytes], context: Any) -> Iterator[bytes]:
         """A stream of requests, each answered once, in order; up to ``MAX_AHEAD`` of them are in flight together."""
@@ -396,24 +499,20 @@ class _Service:
         request_class, answer_class = self._messages["ModelStreamInfer"]
         call = _Call(STREAM, context, self._app)
         message = request_class()
-        self._app.in_flight += 1
         try:
-            with Lease(self._app.budget) as lease:
-                lease.take(len(data))
-                message = read_message(request_class, data)
-                if self._app.draining:
-                    raise UnavailableError("the server is shutting down")
-                answer = answer_class(infer_response=await self._infer(message, call))
+            message = read_message(request_class, data)
+            with self._accepted(call, data):
+                chosen, asked = self._asked(message, call)
+                model, found = await self._app.infer(call, chosen, asked.images, asked.timeout_s)
+                answer = answer_class(infer_response=format_infer(asked, model.spec, found.logits))
             answer.infer_response.parameters["triton_final_response"].bool_param = True
-            _observe(self._app, call, 200, "")
+            self._bridge.observe(call, 200, "")
         except asyncio.CancelledError:
-            _observe(self._app, call, 499, "the call was cancelled")
+            self._bridge.observe(call, 499, "the call was cancelled")
             raise
         except Exception as error:
-            answer = answer_class(error_message=str(_told(self._app, call, error)))
+            answer = answer_class(error_message=str(self._bridge.told(call, error)))
             answer.infer_response.id = message.id
-        finally:
-            self._app.in_flight -= 1
         return bytes(answer.SerializeToString())
 
     # ------------------------------------------------------------------------------------------- health and metadata
@@ -472,14 +571,14 @@ class _Service:
 
     # ------------------------------------------------------------------------------------------------------- the work
 
-    async def _infer(self, message: Any, call: Request) -> Any:
+    def _asked(self, message: Any, call: Request) -> tuple[Model, InferRequest]:
+        """A checked request, and the model it was checked for."""
         chosen = self._find(message, "model_name", "model_version")
         call.model, call.version = message.model_name, chosen.spec.version
         call.args = {"version": message.model_version}
         asked = parse_infer(message, chosen.spec)
         call.images = len(asked.images)
-        model, answer = await self._app.infer(call, chosen, asked.images, asked.timeout_s)
-        return format_infer(asked, model.spec, answer.logits)
+        return chosen, asked
 
     def _find(self, message: Any, name: str = "name", version: str = "version") -> Model:
         number = getattr(message, version)
@@ -518,7 +617,7 @@ class _Health:
         data = self._bridge.read(requests, context)
         return self._bridge.answer(call, partial(self._state_of, data))
 
-    async def _state_of(self, data: bytes | None) -> bytes:
+    def _state_of(self, data: bytes | None) -> bytes:
         status = self._status(_service_in(data))
         if status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN:
             raise NotFoundError("there is no such service here")
@@ -531,7 +630,7 @@ class _Health:
         if not self._watchers.acquire(blocking=False):
             self._bridge.answer(call, partial(_fail, OverloadedError("too many watch already; call Check")))
         try:
-            service, told = self._bridge.answer(call, partial(self._watched, data)), None
+            service, told = self._bridge.answer(call, partial(_service_in, data)), None
             while context.is_active() and not self._bridge.stopping.is_set():
                 status = self._status(service)
                 if status != told:
@@ -540,9 +639,6 @@ class _Health:
                 self._bridge.stopping.wait(WATCH_S)
         finally:
             self._watchers.release()
-
-    async def _watched(self, data: bytes | None) -> str:
-        return _service_in(data)
 
     def _status(self, service: str) -> Any:
         states = health_pb2.HealthCheckResponse
@@ -578,40 +674,6 @@ async def _no_body() -> bytes:
     return b""
 
 
-def _told(app: App, call: _Call, error: Exception) -> RequestError:
-    """What a client is told of an error, counted and noted."""
-    call.introduce()
-    told = as_told(error, call.id)
-    app.count_failure(call.model, call.version, told.status)
-    _observe(app, call, told.status, str(told))
-    return told
-
-
 def _host_of(peer: str) -> str:
     """The address in "ipv4:127.0.0.1:5000" or "ipv6:%5B::1%5D:5000"."""
     return unquote(peer).partition(":")[2].rpartition(":")[0].strip("[]")
-
-
-def _observe(app: App, call: _Call, status: int, error: str) -> None:
-    app.grpc_answered[status] += 1
-    if not app.is_observed(status):
-        return
-    call.introduce()
-    seconds = time.perf_counter() - call.began
-    seen = Seen(
-        protocol="grpc",
-        method=call.path.rpartition("/")[2],
-        path=call.path,
-        status=status,
-        request_id=call.id,
-        client=_host_of(call.context.peer()),
-        started=time.time_ns() - int(seconds * 1e9),
-        seconds=seconds,
-        model=call.model,
-        version=call.version,
-        images=call.images,
-        timing=call.timing,
-        parent=call.header("traceparent"),
-        error=error,
-    )
-    app.observe(seen)

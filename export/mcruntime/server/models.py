@@ -267,11 +267,24 @@ class Models:
             try:
                 return model, await model.infer(images, timeout_s)
             except Closed:
-                before, model = model, self.find(name, version)
-                if model is before:
-                    raise UnavailableError("the model is being unloaded; try again") from None
-                if model.spec.shape != before.spec.shape or model.preprocessing != before.preprocessing:
-                    raise UnavailableError("the model was replaced by one with other inputs; try again") from None
+                model = self.successor(model, version)
+
+    def successor(self, before: Model, version: str) -> Model:
+        """The model that takes the requests of one that was closed.
+
+        Args:
+            version: as the client asked; "": any.
+
+        Raises:
+            NotFoundError: there is none.
+            UnavailableError: it does not take the same images.
+        """
+        model = self.find(before.spec.name, version)
+        if model is before:
+            raise UnavailableError("the model is being unloaded; try again")
+        if model.spec.shape != before.spec.shape or model.preprocessing != before.preprocessing:
+            raise UnavailableError("the model was replaced by one with other inputs; try again")
+        return model
 
     # ------------------------------------------------------------------------------------------------------ control
 
