@@ -27,6 +27,7 @@ import os
 import random
 import shutil
 import signal
+import statistics
 import struct
 import subprocess
 import sys
@@ -293,12 +294,12 @@ async def answers(bundle: Bundle, work: Path, seconds: float) -> dict[str, Any]:
     questions, judge = make_questions(bundle, 96), Judge()
     with serving(work, str(bundle.folder)) as server:
         counts, times = await closed_loop(server.port, questions, judge, seconds, 32)
-        statistics = await batches_of(server.port, bundle.manifest.name)
+        batches = await batches_of(server.port, bundle.manifest.name)
         code, took = server.stop()
     kept = set(counts) == {"200"} and not judge.wrong and code == 0
     return {
         "kept": kept, "connections": 32, "seconds": seconds, "by status": dict(counts), **judge.as_dict(),
-        "images by batch": statistics, "exit code": code, "seconds to stop": round(took, 2),
+        "images by batch": batches, "exit code": code, "seconds to stop": round(took, 2),
         "requests a second": round(len(times) / seconds),
     }  # fmt: skip
 
@@ -334,7 +335,8 @@ async def overload(bundle: Bundle, work: Path, seconds: float) -> dict[str, Any]
         code, took = server.stop()
     steady = [value for when, value in rss if 55 <= when - began <= 65] or [rss[0][1]]
     later = [value for when, value in rss if when - began > 60] or [rss[-1][1]]
-    growth = max(later) / (sum(steady) / len(steady)) - 1
+    last = [value for when, value in rss if ended - 60 <= when] or [rss[-1][1]]
+    growth, peak = (value / statistics.median(steady) - 1 for value in (statistics.median(last), max(later)))
     back = next((half / 2 + 0.5 for half, rate in enumerate(after) if rate >= 0.9 * before), None)
     allowed = {"200", *(str(status) for status in REFUSALS), "hung up ourselves", "rude: 4xx", "slow: 408 or closed"}
     kept = (
@@ -349,7 +351,8 @@ async def overload(bundle: Bundle, work: Path, seconds: float) -> dict[str, Any]
             f"{minute} min": round(min(rss, key=lambda row: abs(row[0] - began - 60 * minute))[1] / MIB)
             for minute in range(int(seconds / 60) + 1)
         },
-        "largest memory after the first minute, growth over it": round(growth, 4),
+        "growth from the end of the first minute to the median of the last": round(growth, 4),
+        "highest sample after the first minute, over it": round(peak, 4),
         "requests a second before, 8 connections": round(before),
         "requests a second in the half seconds after": after,
         "seconds until 90 % of it is back": back, "exit code": code, "seconds to stop": round(took, 2),
@@ -908,7 +911,8 @@ async def fuzz(bundle: Bundle, work: Path, num: int, seed: int = 1) -> dict[str,
         if not item.is_http:
             connection.abort()
         counts[f"{item.kind}: {status}"] += 1
-        if status != 200 and not 400 <= status < 500:
+        asked_for_it = status == 504 and b'"timeout"' in item.data  # a microsecond is too short for any answer
+        if status != 200 and not 400 <= status < 500 and not asked_for_it:
             bad.append(f"{status} {body[:200]!r} {item.data[:3000]!r}")
 
     async def one() -> None:
@@ -946,7 +950,7 @@ async def fuzz(bundle: Bundle, work: Path, num: int, seed: int = 1) -> dict[str,
     )
     return {
         "kept": kept, "inputs": done, "seed": seed, "seconds": round(took), "outcomes": dict(sorted(counts.items())),
-        "neither 200 nor 4xx": len(bad), "first of them": bad[:5],
+        "neither 200 nor 4xx, nor 504 where a timeout was asked for": len(bad), "first of them": bad[:5],
         "memory after a tenth, MiB": round(early / MIB), "growth after that, MiB": round(growth, 1),
         "slowest health probe meanwhile, seconds": round(slowest, 3), "afterwards by status": dict(after),
         "exit code": code, "lines of the server's log": len(log.splitlines()),
