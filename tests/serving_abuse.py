@@ -953,6 +953,9 @@ async def fuzz(bundle: Bundle, work: Path, num: int, seed: int = 1) -> dict[str,
         "neither 200 nor 4xx, nor 504 where a timeout was asked for": len(bad), "first of them": bad[:5],
         "memory after a tenth, MiB": round(early / MIB), "growth after that, MiB": round(growth, 1),
         "slowest health probe meanwhile, seconds": round(slowest, 3), "afterwards by status": dict(after),
+        "wrong afterwards": judge.wrong[:3],
+        "stack traces in the server's log": log.count("Traceback"),
+        "the first": log.partition("Traceback")[2][:1500],
         "exit code": code, "lines of the server's log": len(log.splitlines()),
     }  # fmt: skip
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import base64
 import contextlib
+import gc
 import gzip
 import io
 import json
@@ -30,7 +31,7 @@ import psutil
 import pytest
 from live_server import Live, live, read_answer, rest, statuses, tiny_model, until
 from mcruntime.bundle import load_bundle
-from mcruntime.errors import BundleError, InputError
+from mcruntime.errors import BundleError, DataError, InputError
 from mcruntime.external import external_files
 from mcruntime.server import metrics, pages
 from mcruntime.server.auth import Keys
@@ -386,6 +387,29 @@ def test_a_body_that_turns_out_bad_ends_the_request_that_waits_for_it(server):
         refused(rest(client), 400)
     until(lambda: server.app.in_flight == 0)
     assert server.app.budget.used == 0
+
+
+def test_what_fails_after_its_client_hung_up_is_not_a_stack_trace_in_the_log(caplog):
+    gate = threading.Event()
+
+    def decode(*arguments):
+        assert gate.wait(10)
+        raise DataError("not an image")
+
+    with live() as server, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mcruntime.server.app.decode", decode)
+        client = server.connect()
+        client.sendall(post("/predict", b"abc"))
+        until(lambda: server.app._decoding == 1)
+        client.close()
+        until(lambda: server.num_connections() == 0)
+        assert server.app.in_flight == 1, "the image is still held, and counted"
+        gate.set()
+        until(lambda: server.app.in_flight == 0)
+        gc.collect()
+        assert statuses(server.say(HEALTH + CLOSE + b"\r\n")) == [200]
+    assert "Traceback" not in caplog.text
+    assert "never retrieved" not in caplog.text
 
 
 def test_loading_a_model_goes_on_when_the_client_that_asked_hangs_up(tmp_path):

@@ -12,10 +12,10 @@ import os
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, TypeVar
 
 from mcruntime.cgroup import available_threads
 from mcruntime.server.auth import Keys
@@ -266,14 +266,14 @@ class App:
         body = await request.read()
         parameters = check_parameters(load_json(body)) if body else {}
         refuse_load_parameters(parameters)
-        await asyncio.shield(self.models.load(request.args["model"]))  # goes on when the client hangs up
+        await _to_the_end(self.models.load(request.args["model"]))  # goes on when the client hangs up
         return Response()
 
     async def _unload(self, request: Request) -> Response:
         self._check_control(request)
         body = await request.read()
         check_parameters(load_json(body)) if body else {}
-        await asyncio.shield(self.models.unload(request.args["model"]))
+        await _to_the_end(self.models.unload(request.args["model"]))
         return Response()
 
     def _check_control(self, request: Request) -> None:
@@ -336,7 +336,7 @@ class App:
             loop = asyncio.get_running_loop()
             work = loop.run_in_executor(self._decoders, decode, data, model.preprocessing, self.options.max_pixels)
             try:
-                return await asyncio.shield(work)
+                return await _to_the_end(work)
             except asyncio.CancelledError:  # the client hung up; the thread still holds the image, so it still counts
                 await asyncio.wait([work])
                 raise
@@ -461,6 +461,13 @@ async def _send(response: Response, request: Request, send: Any) -> None:
     headers += [(name.encode(), value.encode("latin-1")) for name, value in response.headers]
     await send({"type": "http.response.start", "status": response.status, "headers": headers})
     await send({"type": "http.response.body", "body": response.body})
+
+
+async def _to_the_end(work: Awaitable[T]) -> T:
+    """The outcome of work that goes on when the client hangs up; an error that then nobody hears is no news."""
+    future = asyncio.ensure_future(work)
+    future.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return await asyncio.shield(future)
 
 
 async def _no_body() -> bytes:

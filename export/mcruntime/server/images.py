@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import logging
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from mcruntime.server.protocol import load_json
 from mcruntime.server.tensors import Images, Logits, as_whole
 from mcruntime.server.web import Request
 
+logging.getLogger("python_multipart").setLevel(logging.ERROR)  # else every bad form is a line in the log
 TOP = 5
 FIELDS = ("file", "image")  # of a form
 MOST_FIELDS = 100  # of a form; those that mean nothing here are passed over
