@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import re
 import time
 import zlib
 from collections import Counter
@@ -46,6 +47,7 @@ MODEL = r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[0-9]+))?"
 REPOSITORY = r"/v2/repository(?:/[^/]+)?"
 COMPRESS_FROM = 512  # bytes of an answer
 COMPRESSORS = {"gzip": 31, "deflate": 15}
+T = TypeVar("T")
 HUNG_UP = 499  # no status of HTTP's, but what logs and dashboards call it
 
 
@@ -107,18 +109,27 @@ class App:
         began = time.perf_counter()
         headers = dict(scope["headers"])
         is_work = scope["method"] == "POST"
-        request = Request(scope["method"], scope["path"], scope["query_string"], headers, _no_body)
+        request = Request(scope["method"], scope["path"], scope["query_string"], headers, _no_body, began=began)
         request.id = self.id_of(headers)
-        self._in_flight += is_work
+        accepted = 0
         try:
             with Lease(self.budget) as lease:
-                request.read = lambda: read_body(
-                    receive,
-                    headers,
-                    lease,
-                    max_bytes=self.options.max_body_bytes,
-                    timeout_s=self.options.body_timeout_s,
-                )
+
+                async def read() -> bytes:
+                    nonlocal accepted
+                    body = await read_body(
+                        receive,
+                        headers,
+                        lease,
+                        max_bytes=self.options.max_body_bytes,
+                        timeout_s=self.options.body_timeout_s,
+                    )
+                    if is_work and not accepted:
+                        accepted = 1
+                        self._in_flight += 1
+                    return body
+
+                request.read = read
                 response = await self._answer(request)
             if self.draining:
                 response.headers = (*response.headers, ("connection", "close"))
@@ -127,12 +138,12 @@ class App:
             self._finished(scope, request, Response(status=HUNG_UP, error="the client hung up"), began)
             raise
         finally:
-            self._in_flight -= is_work
+            self._in_flight -= accepted
         self._finished(scope, request, response, began)
 
     @property
     def in_flight(self) -> int:
-        """POST requests, and gRPC calls to infer or load, that have no answer yet."""
+        """POST requests that were read, and gRPC calls to infer or load, that have no answer yet."""
         return self._in_flight + self.grpc_in_flight
 
     def serves(self, path: str) -> bool:
@@ -150,10 +161,14 @@ class App:
         try:
             return await self._handle(request)
         except Exception as error:
-            told = as_told(error, request.id)
-            self.count_failure(request.model, request.version, told.status)
-            headers = (("retry-after", str(told.retry_after_s)),) if told.retry_after_s is not None else ()
-            return as_error(str(told), told.status, headers)
+            return self._refusal(error, request)
+
+    def _refusal(self, error: Exception, request: Request) -> Response:
+        """An error as an answer. A frame of its own: one that kept the error it is part of would keep the body, too."""
+        told = as_told(error, request.id)
+        self.count_failure(request.model, request.version, told.status, time.perf_counter() - request.began)
+        headers = (("retry-after", str(told.retry_after_s)),) if told.retry_after_s is not None else ()
+        return as_error(str(told), told.status, headers)
 
     async def _handle(self, request: Request) -> Response:
         args = self._infer_paths.get(request.path)
@@ -175,12 +190,12 @@ class App:
             return as_error("the server is shutting down", 503, (("retry-after", "1"),))
         return await handler(request)
 
-    def count_failure(self, model: str, version: str, status: int) -> None:
+    def count_failure(self, model: str, version: str, status: int, seconds: float) -> None:
         """A request was answered with an error, in the statistics of the model that it was for; "": of none."""
         reason = {503: "rejected", 504: "timeout", 500: "internal"}.get(status, "input")
         statistics = self.models.statistics.get((model, version))
         if statistics is not None:
-            statistics.failed(reason)
+            statistics.failed(reason, seconds)
 
     # ----------------------------------------------------------------------------------------------------- the routes
 
@@ -442,7 +457,8 @@ def _compressed(response: Response, request: Request) -> Response:
     wanted = request.headers.get(b"accept-encoding")
     if not wanted or len(response.body) < COMPRESS_FROM:
         return response
-    names = {part.partition(b";")[0].strip().lower().decode("latin-1") for part in wanted.split(b",")}
+    parts = [part.replace(b" ", b"").lower().decode("latin-1") for part in wanted.split(b",")]
+    names = {part.partition(";")[0] for part in parts if not re.search(r";q=0(\.0*)?$", part)}
     encoding = next((name for name in COMPRESSORS if name in names), None)
     if encoding is None:
         return response
@@ -455,9 +471,10 @@ def _compressed(response: Response, request: Request) -> Response:
 async def _send(response: Response, request: Request, send: Any) -> None:
     headers = [
         (b"content-type", response.content_type.encode()),
-        (b"content-length", str(len(response.body)).encode()),
         (b"x-request-id", request.id.encode()),
     ]
+    if response.status != 304:  # which has no length of its own
+        headers.append((b"content-length", str(len(response.body)).encode()))
     headers += [(name.encode(), value.encode("latin-1")) for name, value in response.headers]
     await send({"type": "http.response.start", "status": response.status, "headers": headers})
     await send({"type": "http.response.body", "body": response.body})
