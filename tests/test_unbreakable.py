@@ -382,7 +382,7 @@ def test_who_hangs_up_is_not_computed_and_leaves_nothing_behind():
 def test_a_body_that_turns_out_bad_ends_the_request_that_waits_for_it(server):
     with server.connect() as client:
         client.sendall(PREDICT + CHUNKED + b"3\r\nabc\r\n")
-        until(lambda: server.app.in_flight == 1)
+        until(lambda: server.app.budget.used == 3)
         client.sendall(b"nonsense\r\n")
         refused(rest(client), 400)
     until(lambda: server.app.in_flight == 0)
