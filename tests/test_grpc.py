@@ -642,7 +642,7 @@ def test_a_message_that_unpacks_to_far_more_than_allowed_takes_no_memory():
 
 def test_bytes_of_all_messages_together_are_bounded(gate):
     images = some_images(4)
-    with serving(tiny_model(gate), max_inflight_bytes=8000) as (server, client):
+    with serving(tiny_model(gate), max_body_bytes=8000, max_inflight_bytes=8000) as (server, client):
         calls = [client.method("ModelInfer").future(infer_request(images)) for _ in range(2)]
         until(lambda: server.app.budget.used > 6000)
         text = refused(grpc.StatusCode.UNAVAILABLE, client.call, "ModelInfer", infer_request(images)).details()

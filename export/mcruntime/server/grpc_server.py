@@ -199,12 +199,11 @@ def _fail(error: RequestError) -> bytes:
 class _Call(Request):
     """A call. Its metadata is read only where somebody asks."""
 
-    __slots__ = ("_app", "began", "context")
+    __slots__ = ("_app", "context")
 
     def __init__(self, path: str, context: Any, app: App) -> None:
-        super().__init__("POST", path, b"", {}, _no_body)
+        super().__init__("POST", path, b"", {}, _no_body, began=time.perf_counter())
         self.context = context
-        self.began = time.perf_counter()
         self._app = app
 
     def introduce(self) -> None:
@@ -352,7 +351,7 @@ class _Bridge:
         """What a client is told of an error, counted and noted."""
         call.introduce()
         told = as_told(error, call.id)
-        self._app.count_failure(call.model, call.version, told.status)
+        self._app.count_failure(call.model, call.version, told.status, time.perf_counter() - call.began)
         self.observe(call, told.status, str(told))
         return told
 
