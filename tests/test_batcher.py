@@ -640,3 +640,35 @@ def test_closing_waits_for_what_a_kick_runs(make):
     assert batcher.join(10)
     assert len(here) == 1
     waiting.check_own()
+
+
+def test_two_kicks_do_not_run_the_engine_at_once(make):
+    engine, batcher = make()
+    until(lambda: batcher._idle == 1)
+    batcher._expected_s[1] = 0.0
+    outcomes = announced(batcher, 1)
+    kickers = [threading.Thread(target=batcher.kick)]
+    kickers[0].start()
+    until(lambda: engine.at_gate)
+    outcomes += announced(batcher, 2)
+    kickers.append(threading.Thread(target=batcher.kick))
+    kickers[1].start()
+    kickers[1].join(10)
+    assert len(engine.at_gate) == 1
+    engine.let_go()
+    kickers[0].join(10)
+    engine.let_go()
+
+
+def test_who_was_not_answered_is_not_counted_as_answered(make):
+    told = []
+    engine, batcher = make(on_run=told.append)
+    clients = [Client(batcher, 1)]
+    until(lambda: engine.at_gate)
+    clients += [Client(batcher, number) for number in (2, 3)]
+    engine.let_go()
+    until(lambda: engine.at_gate)
+    assert batcher.cancel(clients[1].ticket)
+    engine.let_go()
+    clients[2].check_own()
+    assert [(run.images, len(run.queue_s)) for run in told] == [(1, 1), (2, 1)]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import gc
 import gzip
 import io
 import json
+import logging
 import os
 import re
 import signal
@@ -24,7 +26,7 @@ import mcruntime
 import numpy as np
 import pytest
 import uvicorn
-from mcruntime.errors import BundleError, InputError, MissingExtraError, ParityError
+from mcruntime.errors import BundleError, InputError, McdeployError, MissingExtraError, ParityError
 from mcruntime.preprocess import Preprocessing, prepare
 from mcruntime.server import serve
 from mcruntime.server.__main__ import main, make_parser
@@ -455,11 +457,74 @@ def test_a_body_that_does_not_arrive_is_408():
 
 
 def test_bodies_together_are_bounded_too():
-    app = app_of(served(), max_inflight_bytes=150_000, max_body_bytes=200_000)
-    response = call(app, "POST", INFER, content=b" " * 160_000)
+    app = app_of(served(), max_inflight_bytes=200_000, max_body_bytes=200_000)
+    app.budget.used = 150_000  # others hold them
+    response = call(app, "POST", INFER, content=b" " * 60_000)
     assert "too many bytes" in error_of(response, 503)
     assert response.headers["retry-after"] == "1"
-    assert call(app, "POST", INFER, json=infer_request()).status_code == 200, "what was held is given back"
+    app.budget.used -= 150_000
+    assert app.budget.used == 0, "what was held is given back"
+    assert call(app, "POST", INFER, json=infer_request()).status_code == 200
+
+
+@pytest.mark.parametrize("kind", ["a wrong request", "an engine that fails", "a full queue"])
+def test_a_refused_request_keeps_nothing_of_itself(kind):
+    def fail(images):
+        raise ParityError("no")
+
+    app = app_of(served(Fake(fail) if kind == "an engine that fails" else None, max_queue=0), max_queue=0)
+    if kind == "a full queue":
+        app.budget.used = app.options.max_inflight_bytes
+    request = {"inputs": []} if kind == "a wrong request" else infer_request()
+
+    async def several():
+        async with client_of(app) as client:
+            await client.post(INFER, json=request)
+            gc.collect()
+            before = {id(one) for one in gc.get_objects()}
+            gc.disable()
+            logging.disable()  # pytest keeps all records, and they what they say
+            try:
+                for _ in range(3):
+                    assert (await client.post(INFER, json=request)).status_code >= 400
+                return [one for one in gc.get_objects() if isinstance(one, McdeployError) and id(one) not in before]
+            finally:
+                logging.disable(logging.NOTSET)
+                gc.enable()
+
+    assert len(asyncio.run(several())) <= 1, "the worker may not have let go of the last one yet"
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b'{"a":[' + b"[]," * 120_000 + b"1]}", "more than 100000 arrays and objects"),
+        (b'{"a":[' + b"{}," * 120_000 + b"1]}", "more than 100000 arrays and objects"),
+        (b'{"a":[' + b"1," * 240_000 + b"1]}", "more values than the model takes"),
+    ],
+)
+@pytest.mark.parametrize("path", [INFER, "/predict", "/v2/repository/index"])
+def test_json_that_would_grow_in_memory_is_refused_before_it_is_parsed(body, message, path, monkeypatch):
+    app = app_of(served())
+    monkeypatch.setattr("mcruntime.server.protocol.orjson.loads", lambda data: pytest.fail("it was parsed"))
+    headers = {"content-type": "application/json"}
+    assert message in error_of(call(app, "POST", path, content=body, headers=headers), 400)
+
+
+def test_the_time_of_a_failure_is_counted(app):
+    call(app, "POST", INFER, json={"inputs": []})
+    (statistics,) = call(app, "GET", "/v2/models/tiny/stats").json()["model_stats"]
+    assert statistics["inference_stats"]["fail"]["count"] == 1
+    assert statistics["inference_stats"]["fail"]["ns"] > 0
+
+
+@pytest.mark.parametrize(
+    ("accepted", "encoding"), [("gzip;q=0", None), ("gzip; q=0.0, deflate", "deflate"), ("gzip;q=0.5", "gzip")]
+)
+def test_a_packing_that_the_client_rules_out_is_not_used(app, accepted, encoding):
+    request = infer_request(some_images(4)) | {"id": "x" * 600}
+    response = call(app, "POST", INFER, json=request, headers={"Accept-Encoding": accepted})
+    assert response.headers.get("content-encoding") == encoding
 
 
 # predict
@@ -823,5 +888,22 @@ def test_sigterm_answers_the_request_in_flight_refuses_new_ones_and_exits_with_0
         assert json.loads(answer) == expected
         assert server.process.wait(10) == 0
         logged = server.process.stderr.read()
-    assert "stopping in_flight=1" in logged
+    assert "stopping in_flight=0 reading=1" in logged
     assert not re.search("Traceback|ERROR|Warning:", logged)
+
+
+def test_a_client_that_is_still_sending_does_not_hold_up_the_end(tmp_path):
+    with Process(write_bundle(tmp_path / "b")) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=10) as slow:
+            slow.sendall(f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{{".encode())
+            with httpx.Client(base_url=server.url) as client:
+                assert client.get("/v2/health/live").status_code == 200
+            server.process.send_signal(signal.SIGTERM)
+            status, answer = read_answer(slow)
+        assert status == 503
+        assert json.loads(answer) == {"error": "the server is shutting down"}
+        assert server.process.wait(10) == 0
+        logged = server.process.stderr.read()
+    assert "cut_off=0" in logged
+    assert "Traceback" not in logged

@@ -85,6 +85,7 @@ class App:
         self.options = options
         self.draining = False
         self._in_flight = 0
+        self.reading = 0  # POST requests whose body is not all there
         self.grpc_in_flight = 0
         self.answered: Counter[int] = Counter()
         self.grpc_answered: Counter[int] = Counter()
@@ -112,6 +113,7 @@ class App:
         request = Request(scope["method"], scope["path"], scope["query_string"], headers, _no_body, began=began)
         request.id = self.id_of(headers)
         accepted = 0
+        self.reading += is_work
         try:
             with Lease(self.budget) as lease:
 
@@ -126,6 +128,7 @@ class App:
                     )
                     if is_work and not accepted:
                         accepted = 1
+                        self.reading -= 1
                         self._in_flight += 1
                     return body
 
@@ -139,6 +142,7 @@ class App:
             raise
         finally:
             self._in_flight -= accepted
+            self.reading -= is_work - accepted
         self._finished(scope, request, response, began)
 
     @property
@@ -164,8 +168,9 @@ class App:
             return self._refusal(error, request)
 
     def _refusal(self, error: Exception, request: Request) -> Response:
-        """An error as an answer. A frame of its own: one that kept the error it is part of would keep the body, too."""
+        """An error as an answer."""
         told = as_told(error, request.id)
+        error.__traceback__ = None  # it holds frames that hold the error: a circle, and the request's body in it
         self.count_failure(request.model, request.version, told.status, time.perf_counter() - request.began)
         headers = (("retry-after", str(told.retry_after_s)),) if told.retry_after_s is not None else ()
         return as_error(str(told), told.status, headers)

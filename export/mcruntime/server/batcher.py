@@ -90,10 +90,10 @@ class Ran:
     """One inference, for the statistics; times in seconds."""
 
     images: int  # without filling
-    queue_s: Sequence[float]  # of every request in it
+    queue_s: Sequence[float]  # of every request that gets its answer; others expired or were cancelled meanwhile
     input_s: float  # putting the batch together
     compute_s: float
-    output_s: float  # handing the answers out
+    output_s: float  # taking the answers apart
     failed: bool
 
 
@@ -189,19 +189,21 @@ class Batcher:
                 return
             images = sum(len(ticket.images) for ticket in self._queue)
             is_alone = self._idle == self.num_workers and self.max_delay_s == 0 and not self._closed
-            if not is_alone or self._expected_s.get(images, QUICK_S * 2) > QUICK_S:
+            if not is_alone or self._is_held or self._expected_s.get(images, QUICK_S * 2) > QUICK_S:
                 self._changed.notify(min(self._idle, len(self._queue)))
                 return
             batch, late = self._take_waiting()
             self._is_held = True
-        for ticket in late:
-            ticket.deliver(DeadlineError())
-        if batch:
-            self._run(batch)
-        with self._changed:
-            self._is_held = False
-            if self._queue or self._closed:
-                self._changed.notify_all()
+        try:
+            for ticket in late:
+                ticket.deliver(DeadlineError())
+            if batch:
+                self._run(batch)
+        finally:
+            with self._changed:
+                self._is_held = False
+                if self._queue or self._closed:
+                    self._changed.notify_all()
 
     def cancel(self, ticket: Ticket) -> bool:
         """Forget a request. False: its outcome was delivered already, or is being delivered."""
@@ -328,11 +330,13 @@ class Batcher:
             else:
                 outcomes.append(Answer(logits_BN[first : first + size], waited, ended - started, sum(sizes), ended))
             first += size
+        answered = self._finish(batch, outcomes)
+        waits = [taken - ticket.arrived for ticket, _ in answered]
+        output_s = time.monotonic() - ended
         # Before anyone is answered: who then asks for the statistics finds itself in them.
-        self._tell(
-            Ran(sum(sizes), queue_s, started - taken, ended - started, time.monotonic() - ended, failure is not None)
-        )
-        self._finish(batch, outcomes)
+        self._tell(Ran(sum(sizes), waits, started - taken, ended - started, output_s, failure is not None))
+        for ticket, outcome in answered:
+            ticket.deliver(outcome)
 
     def _tell(self, ran: Ran) -> None:
         try:
@@ -358,10 +362,10 @@ class Batcher:
         buffer[first:size] = buffer[first - 1]
         return buffer[:size]
 
-    def _finish(self, batch: list[Ticket], outcomes: list[Outcome]) -> None:
+    def _finish(self, batch: list[Ticket], outcomes: list[Outcome]) -> list[tuple[Ticket, Outcome]]:
+        """Those that are still to be told: who expired or was cancelled meanwhile has its outcome."""
         with self._changed:
             self._running.difference_update(batch)
-            # Expired or cancelled meanwhile: has its outcome.
             open_ones = [
                 (ticket, outcome)
                 for ticket, outcome in zip(batch, outcomes, strict=True)
@@ -369,5 +373,4 @@ class Batcher:
             ]
             for ticket, _ in open_ones:
                 ticket.state = State.DONE
-        for ticket, outcome in open_ones:
-            ticket.deliver(outcome)
+        return open_ones

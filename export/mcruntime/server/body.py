@@ -28,10 +28,11 @@ class Budget:
 class Lease:
     """What one request holds of a budget, given back at the end: ``with Lease(budget) as lease``."""
 
-    __slots__ = ("_budget", "held")
+    __slots__ = ("_budget", "_is_over", "held")
 
     def __init__(self, budget: Budget) -> None:
         self._budget = budget
+        self._is_over = False
         self.held = 0
 
     def __enter__(self) -> Self:
@@ -40,6 +41,7 @@ class Lease:
     def __exit__(self, *exc: object) -> None:
         with self._budget.lock:
             self._budget.used -= self.held
+            self._is_over = True
 
     def take(self, num_bytes: int) -> None:
         """Hold more.
@@ -48,10 +50,11 @@ class Lease:
             OverloadedError: the budget is used up.
         """
         with self._budget.lock:
-            if self._budget.used + num_bytes > self._budget.max_bytes:
+            # Over: its client hung up, while a thread was unpacking for it.
+            if self._is_over or self._budget.used + num_bytes > self._budget.max_bytes:
                 raise OverloadedError("too many bytes of requests are being read; try again")
             self._budget.used += num_bytes
-        self.held += num_bytes
+            self.held += num_bytes
 
 
 async def read_body(
@@ -102,10 +105,8 @@ async def _unpack(body: bytes, encoding: bytes, lease: Lease, max_bytes: int) ->
     try:
         whole = unpacker.decompress(body, min(UNPACKED_AT_ONCE, max_bytes + 1))
         if UNPACKED_AT_ONCE <= len(whole) <= max_bytes and not unpacker.eof:
-            lease.take(max_bytes)  # the most it may become
-            left = max_bytes + 1 - len(whole)
             loop = asyncio.get_running_loop()
-            whole += await loop.run_in_executor(UNPACKER, unpacker.decompress, unpacker.unconsumed_tail, left)
+            whole = await loop.run_in_executor(UNPACKER, _unpack_rest, unpacker, whole, lease, max_bytes)
         else:
             lease.take(len(whole))
     except zlib.error:
@@ -115,3 +116,17 @@ async def _unpack(body: bytes, encoding: bytes, lease: Lease, max_bytes: int) ->
     if not unpacker.eof or unpacker.unused_data:
         raise RequestError(f"the request body is not one whole {encoding.decode()} stream")
     return whole
+
+
+def _unpack_rest(unpacker: Any, first: bytes, lease: Lease, max_bytes: int) -> bytes:
+    """The whole, or one piece more than is allowed. Leased piece by piece: a small body need not become large."""
+    pieces, num_bytes = [first], len(first)
+    lease.take(len(first))
+    while not unpacker.eof and num_bytes <= max_bytes:
+        piece = unpacker.decompress(unpacker.unconsumed_tail, UNPACKED_AT_ONCE)
+        if not piece:
+            break
+        lease.take(len(piece))
+        pieces.append(piece)
+        num_bytes += len(piece)
+    return b"".join(pieces)

@@ -14,6 +14,7 @@ from mcruntime.server.models import Model
 def model_config(model: Model) -> dict[str, Any]:
     """The configuration of one loaded version; ``dims`` are without the batch, as Triton has them."""
     spec, batcher = model.spec, model.batcher
+    on_gpu = model.about.get("provider", "cpu") != "cpu"
     return {
         "name": spec.name,
         "platform": spec.platform,
@@ -31,7 +32,9 @@ def model_config(model: Model) -> dict[str, Any]:
                 "label_filename": "labels.txt" if spec.labels else "",
             }
         ],
-        "instance_group": [{"name": f"{spec.name}_0", "kind": "KIND_CPU", "count": batcher.num_workers}],
+        "instance_group": [
+            {"name": f"{spec.name}_0", "kind": "KIND_GPU" if on_gpu else "KIND_CPU", "count": batcher.num_workers}
+        ],
         "dynamic_batching": {
             "preferred_batch_size": [batcher.max_batch],
             "max_queue_delay_microseconds": round(batcher.max_delay_s * 1e6),

@@ -316,6 +316,11 @@ class HttpProtocol(HttpToolsProtocol):
         elif self._is_deaf:
             self._hang_up()
 
+    def give_up_reading(self) -> None:
+        """The server stops, and has waited long enough for the body of a request."""
+        if self._running is not None and self._phase == BODY and self.cycle is self._running:
+            self._refuse(503, "the server is shutting down")
+
     # ----------------------------------------------------------------------------------------------------- the limits
 
     def look(self, now: float) -> None:
@@ -441,6 +446,7 @@ def http_protocol(options: ServerOptions, on_refused: Callable[[int], None]) -> 
         connections=options.max_connections,
         header_s=min(Limits.header_s, options.body_timeout_s),
         body_s=options.body_timeout_s,
+        idle_s=options.keep_alive_s,
     )
     return type("LimitedHttpProtocol", (HttpProtocol,), {"limits": limits, "on_refused": staticmethod(on_refused)})
 

@@ -200,13 +200,17 @@ def _max_batch(bundle: Bundle, options: ServerOptions) -> tuple[int, str]:
     limit = engine.batch[2] if engine is not None else None
     if options.provider == "tensorrt":
         limit = DEFAULT_BATCHES[2]
+    if options.buckets:
+        limit = min(max(options.buckets), limit or max(options.buckets))
     if options.max_batch is not None:
         if limit is not None and options.max_batch > limit:
-            raise InputError(f"max_batch: the engine takes at most {limit} images, got {options.max_batch}")
+            raise InputError(
+                f"max_batch: the engine or --buckets takes at most {limit} images, got {options.max_batch}"
+            )
         return options.max_batch, "as asked"
     measured = choose_batches(*in_manifest(bundle.manifest, bundle))
     if measured.is_default:
-        return limit or DEFAULT_MAX_BATCH, "the engine's largest" if limit else "no bench in the bundle"
+        return limit or DEFAULT_MAX_BATCH, "the largest there is" if limit else "no bench in the bundle"
     best = max(measured.preferred, default=1)
     return min(best, limit or best), "the best of its bench"
 

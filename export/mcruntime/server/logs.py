@@ -73,7 +73,11 @@ class Mailbox(QueueHandler):
         self.lost = 0
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        return record  # its fields and its traceback are needed whole; it stays in this process
+        # Its fields stay whole; a traceback becomes text here, since it holds frames, and with them requests.
+        if record.exc_info:
+            record.exc_text = logging.Formatter().formatException(record.exc_info)
+            record.exc_info = None
+        return record
 
     def enqueue(self, record: logging.LogRecord) -> None:
         if self.lost:
@@ -181,8 +185,8 @@ class JsonLines(logging.Formatter):
             "message": record.getMessage(),
             **getattr(record, "fields", {}),
         }
-        if record.exc_info:
-            tree["traceback"] = self.formatException(record.exc_info)
+        if record.exc_info or record.exc_text:
+            tree["traceback"] = _traceback(record)
         return _ascii_json(tree)
 
 
@@ -192,8 +196,8 @@ class TextLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         pairs = [f"{key}={_plain(value)}" for key, value in getattr(record, "fields", {}).items()]
         lines = [" ".join([_time_of(record), f"{record.levelname:<7}", _escaped(record.getMessage()), *pairs])]
-        if record.exc_info:
-            lines += [f"  | {_escaped(line)}" for line in self.formatException(record.exc_info).splitlines()]
+        if record.exc_info or record.exc_text:
+            lines += [f"  | {_escaped(line)}" for line in _traceback(record).splitlines()]
         return "\n".join(lines)
 
 
@@ -204,6 +208,10 @@ def _bound_exporter(rate: Rate) -> Callable[[logging.LogRecord], bool]:
 
 def _time_of(record: logging.LogRecord) -> str:
     return datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _traceback(record: logging.LogRecord) -> str:
+    return record.exc_text or (logging.Formatter().formatException(record.exc_info) if record.exc_info else "")
 
 
 def _plain(value: Any) -> str:

@@ -1,8 +1,9 @@
 """The models that are served: names, versions, loading, and which version answers.
 
 A name is looked up in a dict that was filled from the command line and from the folders of ``--repository``; nothing
-from a request is joined into a path, fetched or unpickled. All of it lives on the event loop's thread; what takes long
-(reading, proving, draining) runs in a thread of its own, one model at a time.
+from a request is joined into a path, fetched or unpickled. Changes are made on the event loop's thread, by putting a
+new dict in the old one's place; ``find`` may be called from any thread. What takes long (reading, proving, draining)
+has threads of its own.
 """
 
 # B = batch, C = channels, H/W = height/width, N = classes.
@@ -104,7 +105,7 @@ class Model:
             answer = await future
         except asyncio.CancelledError:
             if self.batcher.cancel(ticket):
-                self.statistics.failed("canceled")
+                self.statistics.failed("canceled", time.monotonic() - ticket.arrived)
             raise
         if not np.isfinite(answer.logits).all() and float(np.abs(images).max()) <= LARGEST_PIXEL:
             raise ParityError(f"{self.spec.name}: an answer is NaN or infinite; export the model again")
@@ -194,16 +195,17 @@ class Models:
         entry = self._entries.get(name)
         if entry is None:
             raise NotFoundError(f"Request for unknown model: '{name[:100]}' is not found")
-        if not entry.loaded:
+        loaded = entry.loaded  # once: gRPC asks from threads of its own, while the loop may put another dict there
+        if not loaded:
             raise NotFoundError(f"Request for unknown model: '{name}' has no available versions")
         if version:
-            model = entry.loaded.get(version)
+            model = loaded.get(version)
             if model is None:
                 raise NotFoundError(f"Request for unknown model: '{name}' version {version[:20]} is not found")
             return model
-        if len(entry.loaded) == 1:
-            return next(iter(entry.loaded.values()))
-        return entry.loaded[self._choose(entry)]
+        if len(loaded) == 1:
+            return next(iter(loaded.values()))
+        return loaded[self._choose(loaded, entry.shares)]
 
     @property
     def statistics(self) -> Mapping[tuple[str, str], Statistics]:
@@ -229,18 +231,19 @@ class Models:
 
     def __iter__(self) -> Any:
         """Every loaded version of every model."""
-        for name in sorted(self._entries):
-            for version in self.versions(name):
-                yield self._entries[name].loaded[version]
+        for _, entry in sorted(self._entries.copy().items()):
+            loaded = entry.loaded
+            for version in sorted(loaded, key=int):
+                yield loaded[version]
 
     def is_ready(self) -> bool:
         """Whether any model can answer; one that is being replaced or was unloaded is told by its own readiness."""
         return any(entry.loaded for entry in self._entries.values())
 
-    def _choose(self, entry: Entry) -> str:
-        shares = {version: share for version, share in entry.shares.items() if version in entry.loaded and share > 0}
+    def _choose(self, loaded: Mapping[str, Model], split: Mapping[str, float]) -> str:
+        shares = {version: share for version, share in split.items() if version in loaded and share > 0}
         if not shares:
-            return max(entry.loaded, key=int)
+            return max(loaded, key=int)
         left = self._pick() * sum(shares.values())
         for version, share in shares.items():
             left -= share

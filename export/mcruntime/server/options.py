@@ -38,7 +38,9 @@ class ServerOptions:
         None, "images put together for one inference; default: the best of the bundle's own bench, else 32", "N"
     )
     max_delay_ms: float = _option(0.0, "how long an idle engine waits for a fuller batch; 0: not at all", "MS")
-    buckets: tuple[int, ...] = _option((), "batch sizes that are run, smaller ones filled up, such as 1,4,16", "N,N")
+    buckets: tuple[int, ...] = _option(
+        (), "batch sizes that are run, smaller ones filled up, such as 1,4,16; one request may be larger", "N,N"
+    )
     max_batch_size: int = _option(64, "images a client may send in one request", "N")
     max_queue: int = _option(256, "requests of one model that may wait; more are answered 503", "N")
     timeout_s: float = _option(30.0, "a request without an answer by then is answered 504", "SECONDS")
@@ -48,6 +50,9 @@ class ServerOptions:
         25_000_000, "of one image, read from its header; more is refused; decoding takes up to 16 bytes a pixel", "N"
     )
     max_connections: int = _option(1024, "at the same time; more are answered 503", "N")
+    keep_alive_s: float = _option(
+        75.0, "a connection without requests is closed after that; longer than the load balancer's", "SECONDS"
+    )
     body_timeout_s: float = _option(30.0, "in which a request's body must arrive; else 408", "SECONDS")
     drain_s: float = _option(25.0, "how long requests in flight may take after the stop signal", "SECONDS")
     api_keys: Path | None = _option(
@@ -90,7 +95,7 @@ class ServerOptions:
         for name, low in least.items():
             if not getattr(self, name) >= low:
                 raise InputError(f"{_flag(name)}: expected at least {low}, got {getattr(self, name)}")
-        for name in ("timeout_s", "body_timeout_s"):
+        for name in ("timeout_s", "body_timeout_s", "keep_alive_s"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise InputError(f"{_flag(name)}: expected more than 0 seconds, got {getattr(self, name)}")
         for name in ("port", "grpc_port"):
@@ -103,6 +108,8 @@ class ServerOptions:
             raise InputError(f"--provider: unknown provider {self.provider!r}; valid are cpu, cuda, tensorrt")
         if any(size < 1 for size in self.buckets):
             raise InputError(f"--buckets: expected sizes of at least 1, got {min(self.buckets)}")
+        if self.max_inflight_bytes < self.max_body_bytes:
+            raise InputError("--max-inflight-bytes: expected at least --max-body-bytes, or no large request ever fits")
         if not 0 <= self.shadow_share <= 1:
             raise InputError(f"--shadow-share: expected 0 to 1, got {self.shadow_share}")
         if (self.tls_cert is None) != (self.tls_key is None):
@@ -186,7 +193,13 @@ def _read_split(rules: Sequence[str]) -> dict[str, dict[str, float]]:
 
 
 def _flag(name: str) -> str:
-    singular = {"shadows": "shadow", "timeout_s": "timeout", "body_timeout_s": "body-timeout", "drain_s": "drain"}
+    singular = {
+        "shadows": "shadow",
+        "timeout_s": "timeout",
+        "body_timeout_s": "body-timeout",
+        "drain_s": "drain",
+        "keep_alive_s": "keep-alive",
+    }
     return "--" + singular.get(name, name).replace("_", "-")
 
 

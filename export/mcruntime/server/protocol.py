@@ -42,6 +42,8 @@ from mcruntime.server.tensors import (
 
 BINARY_ONLY = ("FP16", "BF16")  # the protocol has no JSON form for these
 MAX_HEADER_JSON = 1 << 20  # of the JSON before binary tensors
+SMALL_JSON = 1 << 18  # bytes that are parsed without counting
+MOST_BRACKETS = 100_000  # 64 images of 3 x 500 rows have fewer
 MAX_ID = 1024  # characters
 
 
@@ -56,7 +58,8 @@ def parse_infer(body: bytes, header_length: int | None, spec: ModelSpec) -> Infe
         RequestError: 400 and what is wrong.
     """
     if header_length is None:
-        return _parse_tree(_parse_json(body), memoryview(b""), spec, body)
+        most_values = spec.max_batch_size * math.prod(spec.shape)
+        return _parse_tree(_parse_json(body, most_values), memoryview(b""), spec, body)
     if header_length == 0 and body:
         return InferRequest("", images_from_bytes(body, 1, spec), Wish(binary=True))
     if not 0 < header_length <= len(body):
@@ -136,7 +139,9 @@ def load_json(data: bytes | memoryview) -> dict[str, Any]:
     return _parse_json(data)
 
 
-def _parse_json(data: bytes | memoryview) -> dict[str, Any]:
+def _parse_json(data: bytes | memoryview, most_values: int = 1000) -> dict[str, Any]:
+    if len(data) > SMALL_JSON:
+        _refuse_bomb(data, most_values)
     try:
         tree = orjson.loads(data)
     except orjson.JSONDecodeError as error:
@@ -144,6 +149,15 @@ def _parse_json(data: bytes | memoryview) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise RequestError("failed to parse the request JSON buffer: expected an object")
     return tree
+
+
+def _refuse_bomb(data: bytes | memoryview, most_values: int) -> None:
+    """Two bytes of JSON can become 60 of Python, and a second of everybody's time; so count before parsing."""
+    text = data if isinstance(data, bytes) else bytes(data)
+    if text.count(b"[") + text.count(b"{") > MOST_BRACKETS:
+        raise RequestError(f"failed to parse the request JSON buffer: more than {MOST_BRACKETS} arrays and objects")
+    if text.count(b",") > most_values + MOST_BRACKETS:
+        raise RequestError("failed to parse the request JSON buffer: more values than the model takes")
 
 
 def _parse_tree(tree: dict[str, Any], binary: memoryview, spec: ModelSpec, text: bytes | memoryview) -> InferRequest:

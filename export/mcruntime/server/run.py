@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from mcruntime.server.grpc_server import GrpcServer
 
 M_ARENA_MAX = -8  # of malloc.h
+LATE_BODIES_S = 2.0  # in which requests that are still being sent must be there, once the server stops
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 MOST_GUESTS = 4096  # taken at the end, though more should come meanwhile
 LAST_WORDS_S = 0.5  # for connections that are open when the last request is answered
@@ -180,10 +181,15 @@ class DrainingServer(uvicorn.Server):
         self.started = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        logger.info("stopping", extra={"fields": {"in_flight": self._app.in_flight}})
-        deadline = time.monotonic() + self._options.drain_s
-        while self._app.in_flight and time.monotonic() < deadline and not self.force_exit:
+        logger.info("stopping", extra={"fields": {"in_flight": self._app.in_flight, "reading": self._app.reading}})
+        now = time.monotonic()
+        deadline, latest_body = now + self._options.drain_s, now + min(LATE_BODIES_S, self._options.drain_s)
+        while not self.force_exit and time.monotonic() < deadline:
+            if not self._app.in_flight and (not self._app.reading or time.monotonic() > latest_body):
+                break
             await asyncio.sleep(0.02)
+        for connection in list(self.server_state.connections):
+            connection.give_up_reading()  # type: ignore[union-attr]
         self.num_cut_off = self._app.in_flight
         logger.info("drained", extra={"fields": {"cut_off": self.num_cut_off}})
         try:

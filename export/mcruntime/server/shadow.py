@@ -79,6 +79,10 @@ class Shadow:
         """Whether it gets copies of this model's requests."""
         return model.spec.name == self.name and self.version in ("", model.spec.version)
 
+    def fits(self, model: Model) -> bool:
+        """Whether the images of this model's requests are prepared as the shadow's must be."""
+        return model.spec.shape == self.model.spec.shape and model.preprocessing == self.model.preprocessing
+
     def offer(self, version: str, images: Images, reference: Logits) -> None:
         """Take a copy of a request, or drop it; returns at once.
 
@@ -145,7 +149,8 @@ class Shadows:
 
     def mirror(self, model: Model, images: Images, answer: Answer) -> None:
         """``App.mirror``: copy a request to the shadows of the model that answered, when the answer is on its way."""
-        mine = [shadow for shadow in self.all if shadow.wants(model)]
+        # A version that was loaded anew may prepare its images otherwise than when the shadow was checked.
+        mine = [shadow for shadow in self.all if shadow.wants(model) and shadow.fits(model)]
         if not mine or (self._share < 1 and self._pick() >= self._share):
             return
         # The handler writes the answer before it lets go of the loop; the copies come after.

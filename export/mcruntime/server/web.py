@@ -35,6 +35,7 @@ class Request:
         args: what the path's pattern names.
         read: the whole body, within the server's limits.
         model, version: of the model that answered, set on the way.
+        began: when its header was there, on ``time.perf_counter``'s clock.
     """
 
     method: str
@@ -48,6 +49,7 @@ class Request:
     model: str = ""
     version: str = ""
     images: int = 0
+    began: float = 0.0
 
     def header(self, name: str) -> str:
         """A header's value; "" if there is none."""

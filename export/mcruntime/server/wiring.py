@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mcruntime.bundle import WIRING_MODEL
 from mcruntime.engine import OnnxRunner
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
 
 PATTERN = r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[0-9]+))?/wiring"
 MOST_WAITING = 32  # requests; a picture is no reason to keep a server busy
+T = TypeVar("T")
 NOT_THERE = "the wiring of this model does not depend on the image, or its bundle cannot tell"
 
 
@@ -64,7 +68,8 @@ class Watcher:
 def route(app: App) -> Route:
     """``POST /v2/models/NAME/wiring`` with an image, as for ``/predict``."""
     watchers: weakref.WeakKeyDictionary[Model, Watcher] = weakref.WeakKeyDictionary()
-    one_at_a_time = asyncio.Lock()
+    dynamic: weakref.WeakKeyDictionary[Model, bool] = weakref.WeakKeyDictionary()
+    thread = ThreadPoolExecutor(1, thread_name_prefix="wiring")  # one image at a time, whoever still waits for it
     waiting = 0
 
     def look(model: Model, images: Images) -> dict[str, Any]:
@@ -72,23 +77,33 @@ def route(app: App) -> Route:
             watchers[model] = Watcher(model)
         return watchers[model].edges(images)
 
-    async def answer(request: Request) -> Response:
+    async def in_thread(work: Callable[[], T]) -> T:
+        """Its outcome; a place is taken until the thread is through, also for a client that has hung up."""
         nonlocal waiting
-        model = app.models.find(request.args["model"], request.args["version"])
-        if not await asyncio.to_thread(lambda: bool(read_wiring(model).get("dynamic"))):
-            raise NotFoundError(NOT_THERE)
-        data, _ = await read_image(request)
-        images = await app.decode_image(data, model)
         if waiting >= MOST_WAITING:
             raise OverloadedError
         waiting += 1
+        loop = asyncio.get_running_loop()
+        future = thread.submit(work)
+        future.add_done_callback(lambda _: loop.call_soon_threadsafe(leave))
         try:
-            async with asyncio.timeout(app.options.timeout_s), one_at_a_time:
-                told = await asyncio.to_thread(look, model, images)
+            return await asyncio.wait_for(asyncio.wrap_future(future), app.options.timeout_s)
         except TimeoutError:
             raise DeadlineError from None
-        finally:
-            waiting -= 1
+
+    def leave() -> None:
+        nonlocal waiting
+        waiting -= 1
+
+    async def answer(request: Request) -> Response:
+        model = app.models.find(request.args["model"], request.args["version"])
+        if model not in dynamic:
+            dynamic[model] = await in_thread(lambda: bool(read_wiring(model).get("dynamic")))
+        if not dynamic[model]:
+            raise NotFoundError(NOT_THERE)
+        data, _ = await read_image(request)
+        images = await app.decode_image(data, model)
+        told = await in_thread(partial(look, model, images))
         return as_json({"model": model.spec.name, "version": model.spec.version, **told})
 
     return Route(PATTERN, {"POST": answer})
