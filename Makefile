@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # [gpu] where an NVIDIA driver answers, else [cpu]; the two must not be installed together.
 ENGINE := $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 
-.PHONY: demo test check format clean
+.PHONY: demo test check format stubs clean
 
 demo: $(VENV)/.ready
 	$(BIN)/mcdeploy demo
@@ -21,6 +21,10 @@ check: $(VENV)/.ready-dev
 format: $(VENV)/.ready-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# gRPC's messages, compiled from the .proto; committed, never edited.
+stubs: $(VENV)/.ready-dev
+	$(BIN)/python -m grpc_tools.protoc -Iexport/mcruntime/server/oip --descriptor_set_out=export/mcruntime/server/oip/open_inference.binpb open_inference.proto
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mcdeploy needs Python 3.11 or newer")'

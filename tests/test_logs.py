@@ -26,6 +26,21 @@ EVIL = 'a\nb\r\nc\x0bd\x0ce\x85f\u2028g\u2029h\x1b[2Ji\x9b1mj\x08k\x00l\x7fm\u20
 TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z"
 
 
+@pytest.fixture(autouse=True)
+def _no_report_of_what_is_logged():
+    """pytest keeps it for its report, and under xdist cannot send half a character."""
+    handlers = [one for one in logging.getLogger().handlers if type(one).__name__ == "LogCaptureHandler"]
+    for handler in handlers:
+        handler.addFilter(_nothing)
+    yield
+    for handler in handlers:
+        handler.removeFilter(_nothing)
+
+
+def _nothing(record):
+    return False
+
+
 def seen_of(**changes):
     fields = {
         "protocol": "http", "method": "POST", "path": INFER, "status": 200, "request_id": "abc", "client": "127.0.0.1",

@@ -17,8 +17,8 @@ LINE = [
     "compile.dynamic", "compile", "memory", "backends.onnx", "backends.readback", "backends.fp16",
     "backends.int8", "backends.tensorrt", "backends.openvino", "backends.pytorch", "backends", "verify",
     "departure", "intervals", "surroundings", "gpu_state", "bench_report", "bench", "bench_images", "profile",
-    "forms", "wiring_file", "package", "static", "draw", "report", "bench_page", "search", "targets", "demo", "doctor", "serve_options",
-    "cli",
+    "forms", "wiring_file", "package", "static", "draw", "report", "bench_page", "search", "targets", "demo",
+    "doctor", "serve_options", "cli",
 ]  # fmt: skip
 
 

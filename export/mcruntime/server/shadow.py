@@ -108,6 +108,11 @@ class Shadow:
                 seen.mirrored -= 1
                 seen.dropped += 1
 
+    def drop(self, version: str) -> None:
+        """Count a request that is not copied."""
+        with self._lock:
+            self._seen.setdefault(version, Comparison()).dropped += 1
+
     def snapshot(self) -> dict[str, Comparison]:
         """A consistent copy, by the version whose answers are the reference."""
         with self._lock:
@@ -149,14 +154,17 @@ class Shadows:
 
     def mirror(self, model: Model, images: Images, answer: Answer) -> None:
         """``App.mirror``: copy a request to the shadows of the model that answered, when the answer is on its way."""
-        # A version that was loaded anew may prepare its images otherwise than when the shadow was checked.
-        mine = [shadow for shadow in self.all if shadow.wants(model) and shadow.fits(model)]
+        mine = [shadow for shadow in self.all if shadow.wants(model)]
         if not mine or (self._share < 1 and self._pick() >= self._share):
             return
         # The handler writes the answer before it lets go of the loop; the copies come after.
         loop = asyncio.get_running_loop()
         for shadow in mine:
-            loop.call_soon(shadow.offer, model.spec.version, images, answer.logits)
+            # A version that was loaded anew may prepare its images otherwise than when the shadow was checked.
+            if shadow.fits(model):
+                loop.call_soon(shadow.offer, model.spec.version, images, answer.logits)
+            else:
+                shadow.drop(model.spec.version)
 
     def close(self) -> None:
         """Drop the copies that wait, and let the engines go when they are through with their batch. Blocks."""
