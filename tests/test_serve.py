@@ -487,7 +487,9 @@ def test_a_refused_request_keeps_nothing_of_itself(kind):
             try:
                 for _ in range(3):
                     assert (await client.post(INFER, json=request)).status_code >= 400
-                return [one for one in gc.get_objects() if issubclass(type(one), McdeployError) and id(one) not in before]
+                return [
+                    one for one in gc.get_objects() if issubclass(type(one), McdeployError) and id(one) not in before
+                ]
             finally:
                 logging.disable(logging.NOTSET)
                 gc.enable()
