@@ -31,9 +31,26 @@ from mcdeploy.surroundings import describe_machine
 
 TIME_LIMIT_S = 60.0  # of one probe
 LOW_DISK_BYTES, LOW_MEMORY_BYTES = 2 << 30, 1 << 30
-EXTRAS = ("train", "cpu", "gpu", "openvino", "sign", "serve")
-SERVER_MODULES = ("uvicorn", "starlette.applications", "python_multipart")
+EXTRAS = ("train", "cpu", "gpu", "openvino", "sign", "serve", "grpc", "trace")
+SERVER_MODULES = (
+    "uvicorn",
+    "uvloop",
+    "httptools",
+    "orjson",
+    "starlette.applications",
+    "python_multipart",
+    "prometheus_client",
+)
+GRPC_MODULES = ("grpc", "grpc_health.v1", "grpc_reflection.v1alpha", "google.protobuf")
+TRACE_MODULES = ("opentelemetry.sdk.trace", "opentelemetry.exporter.otlp.proto.http.trace_exporter")
 SIGN_MODULES = ("cryptography.hazmat.primitives.asymmetric.ed25519",)
+# What it is called, the package that tells whether its extra is there, the extra, and what must load.
+MODULES = (
+    ("server", "uvicorn", "serve", SERVER_MODULES),
+    ("gRPC", "grpcio-reflection", "grpc", GRPC_MODULES),
+    ("traces", "opentelemetry-exporter-otlp-proto-http", "trace", TRACE_MODULES),
+    ("signatures", "cryptography", "sign", SIGN_MODULES),
+)
 # Conv of ones [1, 1, 3, 3], Flatten: images [b, 1, 3, 3] to logits [b, 1], their sums. As bytes, since a serving image
 # has no package onnx to make it with; a test makes it again.
 TINY_MODEL = base64.b64decode(
@@ -196,10 +213,7 @@ def _questions(packages: Mapping[str, str]) -> list[tuple[str, ...]]:
         asked.append(("tensorrt",))
     if "nvidia-ml-py" in packages:
         asked.append(("nvml",))
-    if "uvicorn" in packages:
-        asked.append(("modules", *SERVER_MODULES))
-    if "cryptography" in packages:
-        asked.append(("modules", *SIGN_MODULES))
+    asked += [("modules", *modules) for _, package, _, modules in MODULES if package in packages]
     return [*asked, ("cudnn",)]
 
 
@@ -323,10 +337,7 @@ def _about_others(packages: Mapping[str, str], answers: Mapping[tuple[str, ...],
         else:
             found = f"{packages['openvino']} ran a tiny model on CPU; devices: {', '.join(answer['devices'])}"
             rows.append(Row("OpenVINO", "ok", found, promised=True))
-    for name, package, extra, modules in (
-        ("server", "uvicorn", "serve", SERVER_MODULES),
-        ("signatures", "cryptography", "sign", SIGN_MODULES),
-    ):
+    for name, package, extra, modules in MODULES:
         if package not in packages:
             continue
         error = answers[("modules", *modules)].get("error")
