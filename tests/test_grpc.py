@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import gc
 import importlib.metadata
 import ipaddress
 import queue
@@ -35,7 +36,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from live_server import live, rest, tiny_model, until
 from mcruntime.errors import InputError, McdeployError, MissingExtraError
-from mcruntime.server import oip
+from mcruntime.server import grpc_server, oip
 from mcruntime.server.app import EXTENSIONS, App
 from mcruntime.server.auth import Keys
 from mcruntime.server.config import model_config
@@ -50,6 +51,7 @@ METHODS = oip.methods()
 KEY = "a-key-that-nobody-guesses"
 CONTROL_KEY = "another-key-nobody-guesses"
 HEALTH = "/grpc.health.v1.Health/Check"
+SERVING = health_pb2.HealthCheckResponse.SERVING
 WAIT_S = 10
 
 
@@ -446,6 +448,41 @@ def test_an_error_of_the_engine_tells_a_client_nothing_of_the_inside(error, text
         assert (answer.error_message, answer.infer_response.id) == (text, "s")
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_logits_that_are_no_numbers_are_an_error_and_to_wild_pixels_the_answer(value):
+    text = "the model could not answer this request"
+    with serving(tiny_model(lambda images: np.full((len(images), len(LABELS)), value, np.float32))) as (_, client):
+        assert refused(grpc.StatusCode.INTERNAL, client.call, "ModelInfer", infer_request()).details() == text
+        (answer,) = client.stream(infer_request())
+        assert answer.error_message == text
+        wild = np.full((1, 3, 8, 8), 1e30, np.float32)
+        assert not np.isfinite(logits_of(client.call("ModelInfer", infer_request(wild)))).any()
+        (stats,) = client.call("ModelStatistics", name="tiny").model_stats
+        assert stats.inference_stats.fail.count == 2
+
+
+def test_requests_that_failed_keep_nothing_until_a_garbage_collection():
+    def fail(images):
+        raise McdeployError("no")
+
+    def calls_left():
+        return [one for one in gc.get_objects() if type(one) is grpc_server._Call]
+
+    with serving(tiny_model(fail)) as (_, client):
+        gc.collect()
+        gc.disable()
+        try:
+            for wrong in (infer_request(), infer_request(model_name="nope"), infer_request(raw_input_contents=[b"1"])):
+                with pytest.raises(grpc.RpcError):
+                    client.call("ModelInfer", wrong)
+                assert client.stream(wrong)[0].error_message
+            with pytest.raises(grpc.RpcError):
+                client.call("ModelConfig", name="nope")
+            until(lambda: not calls_left())
+        finally:
+            gc.enable()
+
+
 # -------------------------------------------------------------------------------------------- time, order and limits
 
 
@@ -530,10 +567,50 @@ def test_calls_beyond_the_limit_are_refused_and_those_before_it_are_not_hurt(gat
         until(lambda: server.app.in_flight == 2)
         other = Client(server.server.grpc.port)
         with other.channel:
-            refused(grpc.StatusCode.RESOURCE_EXHAUSTED, other.call, "ServerLive")
+            error = refused(grpc.StatusCode.UNAVAILABLE, other.call, "ModelInfer", infer_request())
+            assert error.details() == "the server has as many calls as it takes; try again"
+            refused(grpc.StatusCode.UNAVAILABLE, other.stream, infer_request())
+            assert other.call("ServerLive").live
+            assert other.call("ServerReady").ready
+            check = health_pb2_grpc.HealthStub(other.channel).Check
+            assert check(health_pb2.HealthCheckRequest(), timeout=WAIT_S).status == SERVING
             gate.open.set()
             assert all(call.result(timeout=WAIT_S) for call in calls)
-            until(lambda: other.call("ServerLive").live)
+
+            def answered():
+                with contextlib.suppress(grpc.RpcError):
+                    return other.call("ModelInfer", infer_request())
+
+            until(answered)
+            assert other.stream(infer_request())
+
+
+def test_one_connection_cannot_take_the_calls_of_all(gate):
+    with serving(tiny_model(gate), max_connections=4) as (server, client):
+        calls = [client.method("ModelInfer").future(infer_request(), timeout=WAIT_S) for _ in range(3)]
+        until(lambda: server.app.in_flight == 3)
+        error = refused(grpc.StatusCode.UNAVAILABLE, client.call, "ModelInfer", infer_request())
+        assert error.details() == "this connection has as many calls as one may have; try again"
+        other = Client(server.server.grpc.port)
+        with other.channel:
+            assert other.call("ServerMetadata").name == "mcdeploy"
+        gate.open.set()
+        assert all(call.result(timeout=WAIT_S) for call in calls)
+        assert client.call("ModelInfer", infer_request())
+
+
+def test_calls_near_the_limit_are_all_answered():
+    with serving(max_connections=128) as (_, client):
+        infer, room, codes = client.method("ModelInfer"), threading.Semaphore(94), queue.SimpleQueue()
+
+        def done(call):
+            codes.put(call.code())
+            room.release()
+
+        for _ in range(600):
+            assert room.acquire(timeout=WAIT_S)
+            infer.future(infer_request(), timeout=WAIT_S).add_done_callback(done)
+        assert {codes.get(timeout=WAIT_S) for _ in range(600)} == {grpc.StatusCode.OK}
 
 
 def test_connections_beyond_the_limit_are_not_answered_until_another_is_closed():
@@ -772,6 +849,89 @@ def test_a_cancelled_stream_leaves_nothing_behind(gate):
         assert gate.batches[1] == 3
 
 
+class OverContext:
+    """A call that ends when it is told to."""
+
+    def __init__(self):
+        self.ends = []
+
+    def add_callback(self, end):
+        self.ends.append(end)
+        return True
+
+
+def test_a_stream_that_ends_while_a_message_arrives_lets_its_thread_go(tiny):
+    server, _ = tiny
+    service = grpc_server._Service(server.app, server.server.grpc._bridge)
+    context = OverContext()
+
+    def requests():
+        for end in context.ends:
+            end()
+        yield infer_request().SerializeToString()
+
+    answers = queue.SimpleQueue()
+    handler = threading.Thread(target=lambda: answers.put(list(service._stream(requests(), context))), daemon=True)
+    handler.start()
+    handler.join(WAIT_S / 2)
+    assert not handler.is_alive()
+    assert answers.get() == []
+
+
+@pytest.fixture
+def impatient(monkeypatch, gate):
+    monkeypatch.setattr(grpc_server, "STREAM_IDLE_S", 0.3, raising=False)
+    with serving(tiny_model(gate), body_timeout_s=0.1) as (server, client):
+        yield server, client
+
+
+def test_a_stream_without_messages_is_ended_and_one_that_awaits_answers_is_not(impatient, gate):
+    server, client = impatient
+    stop = threading.Event()
+
+    def requests():
+        yield infer_request()
+        stop.wait(WAIT_S)
+
+    answers = client.method("ModelStreamInfer", "stream_stream")(requests(), timeout=WAIT_S)
+    try:
+        assert gate.entered.acquire(timeout=WAIT_S)
+        time.sleep(0.6)  # longer than it may be idle
+        gate.open.set()
+        assert next(answers).error_message == ""
+        error = refused(grpc.StatusCode.DEADLINE_EXCEEDED, next, answers)
+        assert error.details() == "the stream had no message for 0.3 s; open another"
+    finally:
+        stop.set()
+    until(lambda: not [one for one in threading.enumerate() if one.name == "grpc-stream"])
+    assert client.stream(infer_request())
+    assert server.app.in_flight == 0
+
+
+def test_reflection_without_questions_is_ended(impatient):
+    _, client = impatient
+    stop = threading.Event()
+
+    def questions():
+        yield reflection_pb2.ServerReflectionRequest(list_services="")
+        stop.wait(WAIT_S)
+
+    answers = reflection_pb2_grpc.ServerReflectionStub(client.channel).ServerReflectionInfo(questions(), timeout=WAIT_S)
+    try:
+        assert next(answers).list_services_response.service
+        error = refused(grpc.StatusCode.DEADLINE_EXCEEDED, next, answers)
+        assert error.details() == "the stream had no message for 0.3 s; open another"
+    finally:
+        stop.set()
+
+
+def test_a_question_to_reflection_that_is_no_message_is_an_invalid_argument(client):
+    path = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+    ask = client.channel.stream_stream(path)
+    error = refused(grpc.StatusCode.INVALID_ARGUMENT, list, ask(iter([b"\xff"]), timeout=WAIT_S))
+    assert error.details() == "the request is not a ServerReflectionRequest"
+
+
 # --------------------------------------------------------------------------------------------------------------- keys
 
 
@@ -949,8 +1109,7 @@ def test_with_mutual_tls_a_client_needs_a_certificate_of_the_authority(tmp_path)
 
 # --------------------------------------------------------------------------------------------- reflection and health
 
-SERVING, NOT_SERVING, UNKNOWN = (
-    health_pb2.HealthCheckResponse.SERVING,
+NOT_SERVING, UNKNOWN = (
     health_pb2.HealthCheckResponse.NOT_SERVING,
     health_pb2.HealthCheckResponse.SERVICE_UNKNOWN,
 )

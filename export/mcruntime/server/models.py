@@ -107,9 +107,17 @@ class Model:
             if self.batcher.cancel(ticket):
                 self.statistics.failed("canceled", time.monotonic() - ticket.arrived)
             raise
+        self.check(images, answer)
+        return answer
+
+    def check(self, images: Images, answer: Answer) -> None:
+        """Refuse an answer that no sound model gives.
+
+        Raises:
+            ParityError: NaN or infinite, to numbers as images have them.
+        """
         if not np.isfinite(answer.logits).all() and float(np.abs(images).max()) <= LARGEST_PIXEL:
             raise ParityError(f"{self.spec.name}: an answer is NaN or infinite; export the model again")
-        return answer
 
     def close(self) -> None:
         """Answer what was accepted, then let the engine go. Blocks; not for the event loop."""
