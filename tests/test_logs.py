@@ -302,12 +302,14 @@ def test_a_log_that_nobody_reads_holds_nobody_up_and_says_what_it_lost(monkeypat
         for number in range(50):
             log.info("line %d", number)  # would wait for ever
         stream.reader.set()
-        until(lambda: "line 4" in stream.getvalue())
+        (mailbox,) = [one for one in logging.getLogger().handlers if isinstance(one, logs.Mailbox)]
+        until(mailbox.queue.empty)
         log.info("the next one")
     lines = stream.getvalue().splitlines()
-    assert 5 <= len(lines) <= 8
-    lost = int(re.search(r"the next one lines_lost=(\d+)", lines[-1])[1])
-    assert lost + len(lines) - 1 == 50
+    lost = sum(map(int, re.findall(r" lines_lost=(\d+)", stream.getvalue())))
+    assert lost > 30
+    assert lost + len(lines) == 51
+    assert "the next one" in lines[-1]
 
 
 def test_a_log_that_is_stuck_for_good_does_not_keep_the_server_from_ending(monkeypatch):
