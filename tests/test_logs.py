@@ -317,4 +317,5 @@ def test_a_log_that_is_stuck_for_good_does_not_keep_the_server_from_ending(monke
     stream = Stuck()
     with to_stderr(ServerOptions(), stream):
         logging.getLogger("mcruntime.server").info("never read")
+    assert stream.getvalue() == "", "the block ended while the line was still stuck"
     stream.reader.set()

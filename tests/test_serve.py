@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
 import gc
 import gzip
 import io
@@ -37,6 +36,7 @@ from mcruntime.server.run import DrainingServer
 from mcruntime.server.tensors import ModelSpec
 from PIL import Image
 from tiny_onnx import LABELS, expected_logits, some_images, write_bundle, write_model
+from tiny_server import call, client_of
 
 EXPORT = Path(mcruntime.__file__).parents[1]
 HOW = Preprocessing(image_size=8, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), interpolation="bicubic", crop_pct=1.0)
@@ -79,21 +79,6 @@ def app():
     yield app
     app.close()
     app.models.close()
-
-
-@contextlib.asynccontextmanager
-async def client_of(app):
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
-        yield client
-
-
-def call(app, method, path, **options):
-    async def one():
-        async with client_of(app) as client:
-            return await client.request(method, path, **options)
-
-    return asyncio.run(one())
 
 
 def error_of(response, status):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import http.server
-import importlib.util
 import io
 import sys
 import threading
@@ -21,10 +20,6 @@ from PIL import Image
 from tiny_onnx import expected_logits
 from tiny_server import app_of, call, infer_request, model_of
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("opentelemetry") is None or importlib.util.find_spec("opentelemetry.sdk") is None,
-    reason="needs the extra [trace]",
-)
 INFER = "/v2/models/tiny/infer"
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 

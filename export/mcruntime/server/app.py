@@ -37,13 +37,12 @@ from mcruntime.server.protocol import (
 )
 from mcruntime.server.seen import Observer, Seen
 from mcruntime.server.tensors import Images
-from mcruntime.server.web import Handler, Request, Response, Route, Router, as_error, as_json
+from mcruntime.server.web import MODEL, Handler, Request, Response, Route, Router, as_error, as_json
 
 EXTENSIONS = [
     "binary_tensor_data", "classification", "model_configuration", "model_repository", "parameters", "schedule_policy",
     "statistics",
 ]  # fmt: skip
-MODEL = r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[0-9]+))?"
 REPOSITORY = r"/v2/repository(?:/[^/]+)?"
 COMPRESS_FROM = 512  # bytes of an answer
 COMPRESSORS = {"gzip": 31, "deflate": 15}

@@ -17,7 +17,7 @@ from mcruntime.server import wiring
 from mcruntime.server.about import about
 from mcruntime.server.models import Model
 from mcruntime.server.openapi import openapi
-from mcruntime.server.web import Request, Response, Route, as_json
+from mcruntime.server.web import MODEL, Request, Response, Route, as_json
 
 if TYPE_CHECKING:
     from mcruntime.server.app import App
@@ -40,7 +40,7 @@ HEADERS = (
     ("referrer-policy", "no-referrer"),
     ("cache-control", "no-cache"),  # kept, and asked about every time: a new version of the server is seen at once
 )
-ABOUT = r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[0-9]+))?/about"
+ABOUT = f"{MODEL}/about"
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from mcruntime.server.errors import RequestError
 from mcruntime.server.protocol import dump
 
 JSON = "application/json"
+MODEL = r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[0-9]+))?"  # where everything about one model is
 MOST_PARAMETERS = 32  # of a query
 
 

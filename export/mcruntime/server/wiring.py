@@ -23,12 +23,12 @@ from mcruntime.server.errors import DeadlineError, NotFoundError, OverloadedErro
 from mcruntime.server.images import read_image
 from mcruntime.server.models import Model
 from mcruntime.server.tensors import Images
-from mcruntime.server.web import Request, Response, Route, as_json
+from mcruntime.server.web import MODEL, Request, Response, Route, as_json
 
 if TYPE_CHECKING:
     from mcruntime.server.app import App
 
-PATTERN = r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[0-9]+))?/wiring"
+PATTERN = f"{MODEL}/wiring"
 MOST_WAITING = 32  # requests; a picture is no reason to keep a server busy
 T = TypeVar("T")
 NOT_THERE = "the wiring of this model does not depend on the image, or its bundle cannot tell"
