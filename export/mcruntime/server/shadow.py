@@ -3,6 +3,9 @@
 A copy is made after the answer was written, runs in a batcher, queue and thread of the shadow's own, and is dropped
 when there is no room; nobody waits for it and no client ever sees its answer. What the two still share is the CPU: the
 shadow's engine gets one thread, and every copy is a whole inference. Where that is too much, copy a share of them.
+
+SIGHUP reads a bundle again that has changed. It becomes another shadow, whose counts begin at nothing: what is known of
+one bundle says nothing about the next.
 """
 
 # B = batch, C = channels, H/W = height/width, N = classes.
@@ -20,11 +23,11 @@ from functools import partial
 
 import numpy as np
 
-from mcruntime.errors import InputError
+from mcruntime.errors import InputError, McdeployError
 from mcruntime.server.batcher import Answer, Closed, Outcome
 from mcruntime.server.errors import OverloadedError
-from mcruntime.server.loader import describe, open_model, parse_target
-from mcruntime.server.models import Model, Models
+from mcruntime.server.loader import describe, parse_target, source_of
+from mcruntime.server.models import Model, Models, Source
 from mcruntime.server.options import ServerOptions
 from mcruntime.server.statistics import Statistics
 from mcruntime.server.tensors import Images, Logits
@@ -49,6 +52,21 @@ class Comparison:
     differences: list[int] = field(default_factory=lambda: [0] * (len(DIFFERENCE_BOUNDS) + 1))
 
 
+@dataclass(frozen=True)
+class ShadowSource:
+    """Where a shadow is read from.
+
+    Attributes:
+        text: as the user wrote it: ``[NAME[:VERSION]=]FOLDER[@MODEL]``.
+        version: of the served model; "": all.
+    """
+
+    text: str
+    name: str  # "": the bundle's own
+    version: str
+    source: Source
+
+
 class Shadow:
     """One bundle beside a served model.
 
@@ -56,15 +74,21 @@ class Shadow:
         model: the shadow, loaded.
         name: of the model whose requests are copied.
         version: of the only version whose requests are copied; "": of all.
+        source: where it is read from, to be read again; None: from nowhere.
+        stamp: of the files it was read from.
 
     Attributes:
         id: the start of its bundle's id, and which of the bundle's models it is.
     """
 
-    def __init__(self, model: Model, name: str, version: str = "") -> None:
+    def __init__(
+        self, model: Model, name: str, version: str = "", source: ShadowSource | None = None, stamp: str = ""
+    ) -> None:
         self.model = model
         self.name = name
         self.version = version
+        self.source = source
+        self.stamp = stamp
         self.id = "@".join([str(model.about.get("bundle", ""))[:12], str(model.about.get("model", ""))])
         self._lock = threading.Lock()
         self._waiting_bytes = 0
@@ -151,6 +175,7 @@ class Shadows:
         self.all = list(shadows)
         self._share = share
         self._pick = pick
+        self._reloading = asyncio.Lock()
 
     def mirror(self, model: Model, images: Images, answer: Answer) -> None:
         """``App.mirror``: copy a request to the shadows of the model that answered, when the answer is on its way."""
@@ -166,13 +191,27 @@ class Shadows:
             else:
                 shadow.drop(model.spec.version)
 
+    async def reload(self, models: Models) -> None:
+        """Read the bundles again that have changed. One that is not as it should be is logged; the old one stays."""
+        async with self._reloading:
+            for before in list(self.all):
+                source = before.source
+                if source is None:
+                    continue
+                try:
+                    fresh = await asyncio.to_thread(_open_changed, source, before.stamp, models, self.all)
+                except Exception as error:  # also one that is our bug or the disk's
+                    known = isinstance(error, McdeployError)
+                    logger.error("the shadow stays as it was: %s", error, exc_info=not known)
+                    continue
+                if fresh is not None:
+                    self.all = [fresh if shadow is before else shadow for shadow in self.all]
+                    logger.info("shadow of %s: %s", fresh.name, describe(fresh.model))
+                    await asyncio.to_thread(_let_go, [before])
+
     def close(self) -> None:
         """Drop the copies that wait, and let the engines go when they are through with their batch. Blocks."""
-        for shadow in self.all:
-            shadow.model.batcher.close()
-            shadow.model.batcher.expire(float("inf"))
-        for shadow in self.all:
-            shadow.model.close()
+        _let_go(self.all)
 
 
 def relative_difference(answer: Logits, reference: Logits) -> float:
@@ -194,10 +233,8 @@ def open_shadows(texts: Sequence[str], models: Models, options: ServerOptions) -
     shadows = Shadows([], options.shadow_share)
     try:
         for text in texts:
-            shadow = _open(text, models, options)
+            shadow = _open(_source_of(text, options), models, shadows.all)
             shadows.all.append(shadow)
-            if any((shadow.name, shadow.id) == (other.name, other.id) for other in shadows.all[:-1]):
-                raise InputError(f"shadow {text}: this bundle shadows {shadow.name!r} already; leave one of them away")
             whom = f"{shadow.name} version {shadow.version}" if shadow.version else shadow.name
             print(f"shadow of {whom}: {describe(shadow.model)}", flush=True)
     except BaseException:
@@ -206,14 +243,38 @@ def open_shadows(texts: Sequence[str], models: Models, options: ServerOptions) -
     return shadows
 
 
-def _open(text: str, models: Models, options: ServerOptions) -> Shadow:
+def _let_go(shadows: Sequence[Shadow]) -> None:
+    for shadow in shadows:
+        shadow.model.batcher.close()
+        shadow.model.batcher.expire(float("inf"))
+    for shadow in shadows:
+        shadow.model.close()
+
+
+def _source_of(text: str, options: ServerOptions) -> ShadowSource:
     target = parse_target(text, version="")
     # One thread: copies must not take the cores from the requests themselves.
-    model = open_model(replace(target, version=target.version or "1"), replace(options, threads=1))
+    source = source_of(replace(target, version=target.version or "1"), replace(options, threads=1))
+    return ShadowSource(text, target.name, target.version, source)
+
+
+def _open_changed(source: ShadowSource, stamp: str, models: Models, others: Sequence[Shadow]) -> Shadow | None:
+    """The shadow anew; None: its files are those it was read from."""
+    if source.source.stamp() == stamp:
+        return None
+    return _open(source, models, [other for other in others if other.source is not source])
+
+
+def _open(source: ShadowSource, models: Models, others: Sequence[Shadow]) -> Shadow:
+    text, stamp = source.text, source.source.stamp()  # before: what changes meanwhile is read again the next time
+    model = source.source.load()
     try:
-        name = target.name or model.spec.name
-        _check(text, model, name, target.version, models)
-        return Shadow(model, name, target.version)
+        name = source.name or model.spec.name
+        _check(text, model, name, source.version, models)
+        shadow = Shadow(model, name, source.version, source, stamp)
+        if any((name, shadow.id) == (other.name, other.id) for other in others):
+            raise InputError(f"shadow {text}: this bundle shadows {name!r} already; leave one of them away")
+        return shadow
     except BaseException:
         model.close()
         raise
