@@ -94,7 +94,7 @@ def train(
         say: takes one line of progress at a time; only the main process speaks.
 
     Raises:
-        TrainingError: the loss became NaN or infinite; a checkpoint could not be written.
+        TrainingError: the loss became NaN or infinite; the GPU's memory is full; a checkpoint could not be written.
         BackendError: CUDA or a precision was asked for that this machine does not have.
         CheckpointError: nothing to resume from, or it belongs to another model.
     """
@@ -136,7 +136,7 @@ def train(
         gates.resume(gates.num_steps)  # with several processes, preparing has written every parameter once
 
     accuracy: Accuracy | None = None
-    with _progress(is_main) as progress, _open_log(out, first_epoch, is_main) as log:
+    with _out_of_memory(config), _progress(is_main) as progress, _open_log(out, first_epoch, is_main) as log:
         for epoch in range(first_epoch, config.epochs):
             if gates and epoch == config.joint_epochs:
                 speak(f"after epoch {epoch}: freezing the top gates of every block")
@@ -221,6 +221,19 @@ def train(
     trained = (ema.module if ema else model).cpu().eval()
     accelerator.end_training()
     return TrainResult(trained, topology_of(trained), accuracy, is_main)
+
+
+@contextlib.contextmanager
+def _out_of_memory(config: TrainConfig) -> Iterator[None]:
+    """A GPU that is full is what the user asked for, and not our bug."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"the GPU has no memory left for this training ({str(error).splitlines()[0].split('. ')[0]}); lower "
+            f"train.batch_size ({config.batch_size}) or train.eval_batch_size ({config.eval_batch_size}), take "
+            "train.precision: bf16, or end what else uses the GPU"
+        ) from error
 
 
 def _accelerator(config: TrainConfig) -> accelerate.Accelerator:

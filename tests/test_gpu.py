@@ -1,7 +1,7 @@
-"""Everything that needs a real NVIDIA GPU, in one command: ``pytest -m gpu``.
+"""What needs TensorRT on a real NVIDIA GPU; ``tests/test_cuda.py`` holds what needs less. All: ``pytest -m gpu``.
 
-None of this has run yet: it was written where there is no GPU. TensorRT, cuda-python and onnxruntime-gpu come with
-``pip install 'mcdeploy[gpu]'``; what is not installed is an error here, not a skip.
+None of this file has run yet: TensorRT's libraries were not to be had where there was a GPU. They come, with
+cuda-python and onnxruntime-gpu, with ``pip install 'mcdeploy[gpu]'``; what is missing is an error here, not a skip.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mcdeploy.bench import compare_latency
 from mcdeploy.compile.certify import scramble
 from mcdeploy.verify import verify
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.tensorrt]
 OPTIONS = EngineOptions(batches=(1, 4, 8), optimization_level=1)
 SIZE = 16
 
@@ -173,17 +173,17 @@ def test_compatible_engines_run_here_too(net, fp32, tmp_path, options):
         verify(torch_runner, runner, pixels(), hop="tensorrt", max_abs=1e-4)
 
 
-@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
-def test_onnxruntimes_providers_run_every_node_and_answer_as_pytorch(net, fp32, tmp_path, provider):
-    """ "tensorrt" needs the TensorRT that onnxruntime-gpu is linked against; where it is another, the error says so."""
+@pytest.mark.onnx_cuda
+def test_onnxruntimes_tensorrt_provider_runs_every_node_and_answers_as_pytorch(net, fp32, tmp_path):
+    """It needs the TensorRT that onnxruntime-gpu is linked against; where it is another, the error says so."""
     with (
         TorchRunner(net, name="torch", threads=1) as torch_runner,
-        OnnxRunner(fp32, provider=provider, batches=(1, 4, 8), cache=tmp_path) as runner,
+        OnnxRunner(fp32, provider="tensorrt", batches=(1, 4, 8), cache=tmp_path) as runner,
     ):
         facts = runner.facts()
-        assert facts["provider"] == provider
+        assert facts["provider"] == "tensorrt"
         exact = facts["tf32"] == "off"
-        verify(torch_runner, runner, pixels(), hop=provider, max_abs=1e-4 if exact else 1e-2)
+        verify(torch_runner, runner, pixels(), hop="tensorrt", max_abs=1e-4 if exact else 1e-2)
 
 
 def test_runners_with_a_cold_cache_answer_as_warm_ones_and_are_timed_on_the_devices_clock(net, plans):
@@ -227,7 +227,9 @@ def test_a_run_goes_from_training_on_the_gpu_to_a_bundle_with_engines_eval_and_b
 
     def mcdeploy(*words):
         monkeypatch.setattr(sys, "argv", ["mcdeploy", *map(str, words)])
-        cli.main()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code == 0
 
     recipe = short_recipe(
         train={"device": "cuda", "precision": "fp16"},

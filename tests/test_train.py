@@ -12,10 +12,10 @@ from runs import short_recipe, write_recipe
 
 from mcdeploy import train as train_module
 from mcdeploy.checkpoint import FILE_NAME, load_checkpoint
-from mcdeploy.cli import _open_run, _train
 from mcdeploy.connectivity.ddw import dynamic_stages
 from mcdeploy.connectivity.maskconnect import MaskEdges
 from mcdeploy.errors import BackendError, CheckpointError, InputError, TrainingError
+from mcdeploy.runs import open_run, train_run
 from mcdeploy.train import _stop_if_not_finite
 
 ROOT = Path(__file__).parents[1]
@@ -34,7 +34,7 @@ def losses(run):
 def test_the_same_seed_gives_the_same_losses_and_another_one_others(tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         recipe = short_recipe(train={"epochs": 2, "joint_epochs": 1}).model_copy(update={"seed": seed})
-        _train(recipe, tmp_path / name, resume=False)
+        train_run(recipe, tmp_path / name, resume=False)
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
     assert losses(tmp_path / "a") != losses(tmp_path / "c")
     assert len(losses(tmp_path / "a")) == 2 * 3
@@ -63,7 +63,7 @@ RESUMED = {
 @pytest.mark.parametrize("changes", RESUMED.values(), ids=RESUMED)
 def test_a_run_killed_with_sigkill_and_resumed_repeats_the_losses_bit_for_bit(tmp_path, changes):
     recipe = short_recipe(**changes)
-    _train(recipe, tmp_path / "straight", resume=False)
+    train_run(recipe, tmp_path / "straight", resume=False)
 
     path = write_recipe(tmp_path / "short.yaml", recipe)
     killed = tmp_path / "killed"
@@ -76,7 +76,7 @@ def test_a_run_killed_with_sigkill_and_resumed_repeats_the_losses_bit_for_bit(tm
         errors = process.stderr.read().decode()
     done = load_checkpoint(killed).header["epochs_done"]
     assert 1 <= done < 4, errors
-    _train(recipe, killed, resume=True)
+    train_run(recipe, killed, resume=True)
     assert losses(killed) == losses(tmp_path / "straight")
     assert rows(killed, "epoch") == rows(tmp_path / "straight", "epoch")
     one, other = (load_checkpoint(run).tensors for run in (killed, tmp_path / "straight"))
@@ -95,21 +95,21 @@ def test_an_averaged_copy_warms_up_with_the_model(tmp_path, monkeypatch):
     monkeypatch.setattr(train_module, "_evaluate", remember)
     connectivity = {"rule": "ddw", "warm_up": 1, "temperature_end": 0.5}
     train = {"epochs": 2, "joint_epochs": 0, "ema_decay": 0.9}
-    _train(short_recipe(connectivity=connectivity, train=train), tmp_path, resume=False)
+    train_run(short_recipe(connectivity=connectivity, train=train), tmp_path, resume=False)
     assert seen == [{(0.0, 1.0)}, {(0.5, 0.5)}]
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path):
     recipe = short_recipe()
-    first, _ = _train(recipe, tmp_path, resume=False)
+    first, _ = train_run(recipe, tmp_path, resume=False)
     before = losses(tmp_path)
-    again, _ = _train(recipe, tmp_path, resume=True)
+    again, _ = train_run(recipe, tmp_path, resume=True)
     assert losses(tmp_path) == before
     assert again.accuracy == first.accuracy
 
 
 def test_the_joint_phase_moves_gates_and_freezing_ends_it(tmp_path):
-    result, _ = _train(short_recipe(), tmp_path, resume=False)
+    result, _ = train_run(short_recipe(), tmp_path, resume=False)
     epochs = rows(tmp_path, "epoch")
     assert [bool(row["gates"]) for row in epochs] == [True, False, False]
     gates = epochs[0]["gates"]["layer1"][3]
@@ -120,8 +120,8 @@ def test_the_joint_phase_moves_gates_and_freezing_ends_it(tmp_path):
 
 
 def test_a_finished_run_opens_as_the_model_that_was_evaluated(tmp_path):
-    result, loaders = _train(short_recipe(train={"ema_decay": 0.5}), tmp_path, resume=False)
-    _, model, header = _open_run(tmp_path)
+    result, loaders = train_run(short_recipe(train={"ema_decay": 0.5}), tmp_path, resume=False)
+    _, model, header = open_run(tmp_path)
     images, _ = next(iter(loaders.val))
     with torch.no_grad():
         assert torch.equal(model(images), result.model(images))
@@ -129,13 +129,13 @@ def test_a_finished_run_opens_as_the_model_that_was_evaluated(tmp_path):
 
 
 def test_a_run_that_is_not_finished_is_not_exported(tmp_path):
-    _train(short_recipe(), tmp_path, resume=False)
+    train_run(short_recipe(), tmp_path, resume=False)
     checkpoint = load_checkpoint(tmp_path)
     from mcdeploy.checkpoint import save_checkpoint
 
     save_checkpoint(tmp_path / FILE_NAME, {**checkpoint.header, "epochs_done": 1}, checkpoint.tensors)
     with pytest.raises(InputError, match="stopped after epoch 1 of 3"):
-        _open_run(tmp_path)
+        open_run(tmp_path)
 
 
 def test_a_loss_that_is_not_finite_stops_with_epoch_step_lr_and_the_last_good_checkpoint(tmp_path, monkeypatch):
@@ -146,7 +146,7 @@ def test_a_loss_that_is_not_finite_stops_with_epoch_step_lr_and_the_last_good_ch
 
     monkeypatch.setattr(mcdeploy.train, "_loss", loss_of_a_run_that_breaks)
     with pytest.raises(TrainingError) as caught:
-        _train(short_recipe(train={"schedule": "constant", "lr": 0.01}), tmp_path, resume=False)
+        train_run(short_recipe(train={"schedule": "constant", "lr": 0.01}), tmp_path, resume=False)
     message = str(caught.value)
     assert "the loss became nan in epoch 2, step 0 (lr 0.01)" in message
     assert f"the last good checkpoint is {tmp_path / FILE_NAME}" in message
@@ -159,18 +159,29 @@ def test_nan_and_infinity_are_named_with_their_step(tmp_path, bad):
         _stop_if_not_finite([1.0, 2.0, bad], [0.1, 0.1, 0.1], 0, 10, tmp_path)
 
 
+def test_a_full_gpu_is_one_sentence_that_names_the_batch_sizes(tmp_path, monkeypatch):
+    def full(*given):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB. GPU 0 has 79 GiB.\nMore words.")
+
+    monkeypatch.setattr(train_module, "_evaluate", full)
+    with pytest.raises(TrainingError, match=r"\(CUDA out of memory\); lower train\.batch_size \(32\)") as caught:
+        train_run(short_recipe(train={"epochs": 2}), tmp_path, resume=False)
+    assert "\n" not in str(caught.value)
+    assert "79 GiB" not in str(caught.value)
+
+
 def test_cuda_asked_for_and_absent_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(BackendError, match="cuda was asked for"):
-        _train(short_recipe(train={"device": "cuda"}), tmp_path, resume=False)
+        train_run(short_recipe(train={"device": "cuda"}), tmp_path, resume=False)
     with pytest.raises(BackendError, match="fp16 needs a CUDA device"):
-        _train(short_recipe(train={"device": "auto", "precision": "fp16"}), tmp_path, resume=False)
+        train_run(short_recipe(train={"device": "auto", "precision": "fp16"}), tmp_path, resume=False)
 
 
 def test_nothing_is_resumed_from_nowhere_or_from_another_recipe(tmp_path):
-    _train(short_recipe(), tmp_path / "run", resume=False)
+    train_run(short_recipe(), tmp_path / "run", resume=False)
     with pytest.raises(CheckpointError, match="no checkpoint there"):
-        _train(short_recipe(), tmp_path / "other", resume=True)
+        train_run(short_recipe(), tmp_path / "other", resume=True)
     for section, keys in (
         ("model", {"backbone": "resnet20_cifar"}),
         ("train", {"lr": 0.5}),
@@ -178,9 +189,9 @@ def test_nothing_is_resumed_from_nowhere_or_from_another_recipe(tmp_path):
     ):
         key = next(reversed(keys))
         with pytest.raises(CheckpointError, match=rf"was trained with {section}\.{key}: .*the recipe says {keys[key]}"):
-            _train(short_recipe(**{section: keys}), tmp_path / "run", resume=True)
+            train_run(short_recipe(**{section: keys}), tmp_path / "run", resume=True)
     with pytest.raises(CheckpointError, match="has 3 epochs already, the recipe asks for 2"):
-        _train(short_recipe(train={"epochs": 2}), tmp_path / "run", resume=True)
+        train_run(short_recipe(train={"epochs": 2}), tmp_path / "run", resume=True)
 
 
 def test_training_works_with_every_option_of_the_loop(tmp_path):
@@ -192,7 +203,7 @@ def test_training_works_with_every_option_of_the_loop(tmp_path):
         },
         connectivity={"rule": "maskconnect", "fan_in": 2, "scope": "network", "gate_grad": "raw", "gate_lr": 0.1},
     )  # fmt: skip
-    result, _ = _train(recipe, tmp_path, resume=False)
+    result, _ = train_run(recipe, tmp_path, resume=False)
     assert 0 <= result.accuracy.top1 <= 1
     assert [("top1" in row) for row in rows(tmp_path, "epoch")] == [False, True, False, True]
     assert list((tmp_path / "tensorboard").glob("events*"))
@@ -201,8 +212,8 @@ def test_training_works_with_every_option_of_the_loop(tmp_path):
 def test_distillation_follows_the_unpruned_starting_weights_and_not_the_labels(tmp_path):
     from safetensors.torch import save_file
 
-    _train(short_recipe(), tmp_path / "first", resume=False)
-    _, model, _ = _open_run(tmp_path / "first")
+    train_run(short_recipe(), tmp_path / "first", resume=False)
+    _, model, _ = open_run(tmp_path / "first")
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, tmp_path / "w.safetensors")
 
     def first_loss(name, **connectivity):
@@ -211,7 +222,7 @@ def test_distillation_follows_the_unpruned_starting_weights_and_not_the_labels(t
             train={"epochs": 1, "joint_epochs": 0, "distill": 1.0, "lr": 1.0e-6},
             connectivity=connectivity,
         )
-        _train(recipe, tmp_path / name, resume=False)
+        train_run(recipe, tmp_path / name, resume=False)
         return rows(tmp_path / name)[0]["loss"]
 
     whole, pruned = (
@@ -229,7 +240,7 @@ def test_two_processes_draw_the_same_masks_and_repeat_the_single_process_losses(
         train={"epochs": 2, "joint_epochs": 1, "optimizer": "adamw", "lr": 1.0e-3},
     )
     path = write_recipe(tmp_path / "two.yaml", recipe)
-    _train(recipe, tmp_path / "one", resume=False)
+    train_run(recipe, tmp_path / "one", resume=False)
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1",
         "--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0",

@@ -199,7 +199,9 @@ class TorchRunner:
             with torch.inference_mode():
                 return self._model(images_BCHW)
         except Exception as error:  # a wrong shape, no memory, no compiler: torch has a class for each
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(" .")
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]  # "backend='inductor' raised:" and why
+            reason = said[:200].rstrip(" .:")
             advice = "; ask for mode eager" if self._mode == "compiled" else ""
             raise BackendError(
                 f"{self._name}: PyTorch stopped at images {list(images_BCHW.shape)} in {self._mode} mode "
