@@ -81,7 +81,8 @@ class OnnxRunner:
         cache: with "tensorrt", where engines are kept; None: ``cache_folder("onnxruntime-tensorrt")``. Every model gets
             a folder of its own there, since ONNX Runtime's key ignores the weights
             (https://github.com/microsoft/onnxruntime/issues/6455).
-        finite: refuse logits that are NaN or infinite; off: hand them on, as a server does with what it was sent.
+        finite: refuse images and logits that are NaN or infinite; off: hand them on, as a server does that has looked
+            at the images when they came.
 
     Raises:
         InputError: fewer than 1 thread, an unknown provider or type, batches that are not 1 <= min <= opt <= max.
@@ -152,7 +153,7 @@ class OnnxRunner:
     def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         if self._session is None:
             raise RuntimeError("enter the runner before infer")
-        check_images(self._name, images, self._shape)
+        check_images(self._name, images, self._shape, finite=self._finite)
         smallest, _, largest = self._batches
         if self._provider == "tensorrt" and not smallest <= len(images) <= largest:
             raise InputError(
@@ -326,12 +327,13 @@ def check_batches(batches: Batches) -> None:
         raise InputError(f"batches: expected 1 <= min <= opt <= max, got {smallest}, {best}, {largest}")
 
 
-def check_images(name: str, images: NDArray[np.float32], shape: tuple[int | None, ...]) -> None:
+def check_images(name: str, images: NDArray[np.float32], shape: tuple[int | None, ...], *, finite: bool = True) -> None:
     """Refuse images that a model does not take.
 
     Args:
         name: the runner's, for the message.
         shape: [B, C, H, W]; None where any size fits.
+        finite: refuse NaN and infinity; off: they have been looked for.
 
     Raises:
         InputError: not float32, another shape, no image at all, or not finite.
@@ -343,7 +345,7 @@ def check_images(name: str, images: NDArray[np.float32], shape: tuple[int | None
     if not fits or len(images) == 0:
         expected = ", ".join(str(size or axis) for size, axis in zip(shape, "BCHW", strict=True))
         raise InputError(f"{name}: expected images [{expected}], got {list(images.shape)}")
-    if not np.isfinite(images).all():
+    if finite and not np.isfinite(images).all():
         raise InputError(f"{name}: the images hold NaN or infinite values; send finite pixels")
 
 

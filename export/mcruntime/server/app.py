@@ -25,6 +25,7 @@ from mcruntime.server.body import Budget, Lease, read_body
 from mcruntime.server.config import model_config
 from mcruntime.server.errors import NotFoundError, OverloadedError, RequestError, as_told
 from mcruntime.server.images import decode, name_classes, read_image
+from mcruntime.server.lane import Client, Lane
 from mcruntime.server.models import Model, Models
 from mcruntime.server.options import ServerOptions
 from mcruntime.server.protocol import (
@@ -36,8 +37,8 @@ from mcruntime.server.protocol import (
     read_header_length,
 )
 from mcruntime.server.seen import Observer, Seen
-from mcruntime.server.tensors import Images
-from mcruntime.server.web import MODEL, Handler, Request, Response, Route, Router, as_error, as_json
+from mcruntime.server.tensors import Images, InferRequest
+from mcruntime.server.web import HUNG_UP, MODEL, Handler, Request, Response, Route, Router, as_error, as_json
 
 EXTENSIONS = [
     "binary_tensor_data", "classification", "model_configuration", "model_repository", "parameters", "schedule_policy",
@@ -47,7 +48,7 @@ REPOSITORY = r"/v2/repository(?:/[^/]+)?"
 COMPRESS_FROM = 512  # bytes of an answer
 COMPRESSORS = {"gzip": 31, "deflate": 15}
 T = TypeVar("T")
-HUNG_UP = 499  # no status of HTTP's, but what logs and dashboards call it
+MOST_LANES = 1000
 
 
 class App:
@@ -66,6 +67,8 @@ class App:
         answered: HTTP answers by status; ``HUNG_UP``: the client was gone before its answer.
         grpc_answered: the same of gRPC, in HTTP's statuses.
         is_locked: whether an API key is asked for.
+        lanes: by path, of models that answered: no pattern is tried for them again, and their requests may be taken
+            before they reach this application. Bounded.
         budget: of the bytes of all request bodies, also gRPC's.
     """
 
@@ -98,7 +101,7 @@ class App:
         self._decoders = ThreadPoolExecutor(available_threads(), thread_name_prefix="decode")
         self._decoding = 0
         self._router = Router([*self._routes(), *routes(self)])
-        self._infer_paths: dict[str, dict[str, str]] = {}  # of models that answered: no pattern is tried for them again
+        self.lanes: dict[str, Lane] = {}
         self._infer_route = Route("", {"POST": self._infer})
         self._numbers = itertools.count(1)
         self._prefix = os.urandom(6).hex()
@@ -109,7 +112,7 @@ class App:
         began = time.perf_counter()
         headers = dict(scope["headers"])
         is_work = scope["method"] == "POST"
-        request = Request(scope["method"], scope["path"], scope["query_string"], headers, _no_body, began=began)
+        request = Request(scope["method"], scope["path"], scope["query_string"], headers, began=began)
         request.id = self.id_of(headers)
         accepted = 0
         self.reading += is_work
@@ -137,12 +140,16 @@ class App:
                 response.headers = (*response.headers, ("connection", "close"))
             await _send(response, request, send)
         except asyncio.CancelledError:
-            self._finished(scope, request, Response(status=HUNG_UP, error="the client hung up"), began)
+            self.finished(scope.get("client"), request, Response(status=HUNG_UP, error="the client hung up"))
             raise
         finally:
             self._in_flight -= accepted
             self.reading -= is_work - accepted
-        self._finished(scope, request, response, began)
+        self.finished(scope.get("client"), request, response)
+
+    def count_in_flight(self, change: int) -> None:
+        """A request on the short way begins (1) or is answered (-1)."""
+        self._in_flight += change
 
     @property
     def in_flight(self) -> int:
@@ -164,9 +171,9 @@ class App:
         try:
             return await self._handle(request)
         except Exception as error:
-            return self._refusal(error, request)
+            return self.refusal(error, request)
 
-    def _refusal(self, error: Exception, request: Request) -> Response:
+    def refusal(self, error: Exception, request: Request) -> Response:
         """An error as an answer."""
         told = as_told(error, request.id)
         error.__traceback__ = None  # it holds frames that hold the error: a circle, and the request's body in it
@@ -175,9 +182,9 @@ class App:
         return as_error(str(told), told.status, headers)
 
     async def _handle(self, request: Request) -> Response:
-        args = self._infer_paths.get(request.path)
-        if args is not None:
-            route: Route = self._infer_route
+        lane = self.lanes.get(request.path)
+        if lane is not None:
+            route, args = self._infer_route, lane.args
         else:
             found = self._router.find(request.path)
             route, args = found if found else (_NOTHING, {})
@@ -301,18 +308,40 @@ class App:
     # ------------------------------------------------------------------------------------------------------ the work
 
     async def _infer(self, request: Request) -> Response:
-        name, number = request.args["model"], request.args["version"]
-        chosen = self.models.find(name, number)
-        spec = chosen.spec
-        request.model, request.version = name, spec.version
-        length = request.headers.get(b"inference-header-content-length")
-        header_length = None if length is None else read_header_length(length)
-        body = await request.read()
-        asked = parse_infer(body, header_length, spec)
-        request.images = len(asked.images)
+        chosen = self.choose(request)
+        asked = self.read_infer(request, await request.read(), chosen)
         model, answer = await self.infer(request, chosen, asked.images, asked.timeout_s)
-        if request.path not in self._infer_paths and len(self._infer_paths) < 1000:
-            self._infer_paths[request.path] = request.args
+        if request.path not in self.lanes and len(self.lanes) < MOST_LANES:
+            self.lanes[request.path] = Lane(self, request.path, request.args)
+        return self.infer_response(request, asked, model, answer)
+
+    def choose(self, request: Request) -> Model:
+        """The version that is asked, noted in the request.
+
+        Raises:
+            NotFoundError: no such model or version.
+        """
+        chosen = self._find(request)
+        request.model, request.version = request.args["model"], chosen.spec.version
+        return chosen
+
+    def read_infer(self, request: Request, body: bytes, chosen: Model) -> InferRequest:
+        """What an infer request asks for, checked.
+
+        Raises:
+            RequestError: 400; what is wrong with it.
+        """
+        length = request.headers.get(b"inference-header-content-length")
+        asked = parse_infer(body, None if length is None else read_header_length(length), chosen.spec)
+        request.images = len(asked.images)
+        return asked
+
+    def infer_response(self, request: Request, asked: InferRequest, model: Model, answer: Answer) -> Response:
+        """The answer in the form that was asked for.
+
+        Raises:
+            RequestError: 400; it has no such form.
+        """
         content, head = format_infer(asked, model.spec, answer.logits)
         headers: tuple[tuple[str, str], ...] = ()
         kind = "application/json"
@@ -366,13 +395,21 @@ class App:
         self, request: Request, chosen: Model, images: Images, timeout_s: float | None
     ) -> tuple[Model, Answer]:
         """Run images on the model they were checked for, note where the time went, and mirror them to a shadow."""
-        limit_s = self.options.timeout_s if timeout_s is None else min(timeout_s, self.options.timeout_s)
         number = request.args.get("version", "")
+        limit_s = self.limit_of(timeout_s)
         model, answer = await self.models.infer(request.model, number, images, limit_s, first=chosen)
+        self.note_answer(request, model, images, answer)
+        return model, answer
+
+    def limit_of(self, timeout_s: float | None) -> float:
+        """The deadline of a request that asks for one, or for none; seconds from now."""
+        return self.options.timeout_s if timeout_s is None else min(timeout_s, self.options.timeout_s)
+
+    def note_answer(self, request: Request, model: Model, images: Images, answer: Answer) -> None:
+        """Write down which version answered a request and where the time went, and mirror it to a shadow."""
         note_answer(request, model, answer)
         if self.mirror is not None:
             self.mirror(model, images, answer)
-        return model, answer
 
     def _find(self, request: Request) -> Model:
         return self.models.find(request.args["model"], request.args["version"])
@@ -398,18 +435,19 @@ class App:
             for observer in self._refusals:
                 observer(seen)
 
-    def _finished(self, scope: Any, request: Request, response: Response, began: float) -> None:
+    def finished(self, client: Client, request: Request, response: Response) -> None:
+        """Count an answer, and tell those who want to know of it."""
         self.answered[response.status] += 1
         if not self.is_observed(response.status):
             return
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - request.began
         seen = Seen(
             protocol="http",
             method=request.method,
             path=request.path,
             status=response.status,
             request_id=request.id,
-            client=scope["client"][0] if scope.get("client") else "",
+            client=client[0] if client else "",
             started=time.time_ns() - int(seconds * 1e9),
             seconds=seconds,
             model=request.model,
@@ -489,10 +527,6 @@ async def _to_the_end(work: Awaitable[T]) -> T:
     future = asyncio.ensure_future(work)
     future.add_done_callback(lambda done: done.cancelled() or done.exception())
     return await asyncio.shield(future)
-
-
-async def _no_body() -> bytes:
-    return b""
 
 
 _NOTHING = Route("", {})

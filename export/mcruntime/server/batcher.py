@@ -200,10 +200,35 @@ class Batcher:
             if batch:
                 self._run(batch)
         finally:
-            with self._changed:
-                self._is_held = False
-                if self._queue or self._closed:
-                    self._changed.notify_all()
+            self._let_go()
+
+    def now(self, images: Images) -> Answer | None:
+        """The answer at once, computed in the caller's thread; None: ``submit`` the images, since there is something to
+        wait for or to wait with, or since it may take longer than ``QUICK_S``. While it runs, what is submitted waits.
+
+        Raises:
+            Exception: what ``infer`` raised.
+        """
+        size = len(images)
+        with self._changed:
+            is_free = self._idle == self.num_workers and not self._queue and not self._is_held and not self._closed
+            is_quick = self._expected_s.get(size, QUICK_S * 2) <= QUICK_S
+            if not (is_free and is_quick) or self.max_delay_s or (self._buckets and size not in self._buckets):
+                return None
+            self._is_held = True
+        started = time.monotonic()
+        failed = True
+        try:
+            logits_BN = self._infer(images)
+            failed = len(logits_BN) != size
+            if failed:
+                raise RuntimeError(f"{len(logits_BN)} answers to {size} images")
+        finally:
+            ended = time.monotonic()
+            self._tell(Ran(size, (0.0,), 0.0, ended - started, 0.0, failed))
+            self._let_go()
+        self._expect(size, ended - started)
+        return Answer(logits_BN, 0.0, ended - started, size, ended)
 
     def cancel(self, ticket: Ticket) -> bool:
         """Forget a request. False: its outcome was delivered already, or is being delivered."""
@@ -312,8 +337,7 @@ class Batcher:
             failure = error
         ended = time.monotonic()
         if failure is None and sum(sizes) <= self.max_batch:
-            before = self._expected_s.get(sum(sizes), ended - started)
-            self._expected_s[sum(sizes)] = before + (ended - started - before) / 4
+            self._expect(sum(sizes), ended - started)
         if failure is not None and len(batch) > 1:
             for ticket in batch:
                 if ticket.state is State.TAKEN:
@@ -337,6 +361,17 @@ class Batcher:
         self._tell(Ran(sum(sizes), waits, started - taken, ended - started, output_s, failure is not None))
         for ticket, outcome in answered:
             ticket.deliver(outcome)
+
+    def _let_go(self) -> None:
+        """The caller's thread is done; workers may take again."""
+        with self._changed:
+            self._is_held = False
+            if self._queue or self._closed:
+                self._changed.notify_all()
+
+    def _expect(self, images: int, seconds: float) -> None:
+        before = self._expected_s.get(images, seconds)
+        self._expected_s[images] = before + (seconds - before) / 4
 
     def _tell(self, ran: Ran) -> None:
         try:

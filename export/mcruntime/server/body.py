@@ -39,6 +39,10 @@ class Lease:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give everything back."""
         with self._budget.lock:
             self._budget.used -= self.held
             self._is_over = True

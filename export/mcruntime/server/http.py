@@ -9,7 +9,7 @@ twice a second looks for those that stay too long, so that a request itself star
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -20,16 +20,20 @@ from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from mcruntime.server.errors import RETRY_AFTER_S
+from mcruntime.server.lane import Call, Lane, Visit
 from mcruntime.server.options import ServerOptions
 from mcruntime.server.protocol import dump
+from mcruntime.server.web import Request, Response
 
 SWEEP_S = 0.5  # how often the connections are looked at
+TURN_S = 0.25  # for so long a connection is thought to go on sending
 TLS_HANDSHAKE_S = 10.0
 MAX_DISCARDED = 4 << 20  # bytes that are read, and dropped, of a connection that was refused
 MANY_PIECES = 1024  # pieces of a body from which on their size counts
 MIN_PIECE = 64  # bytes a piece, on average; less costs us more than it costs the sender
 MAX_FRAMING = 64 << 10  # bytes of chunk extensions and trailers, beside half of the body's own
 HEALTH = b"/v2/health/"
+NO_EVENT = asyncio.Event()  # that nobody waits for
 IDLE, HEAD, BODY = range(3)  # what is being read: nothing, a header, a body
 
 
@@ -121,11 +125,63 @@ class Cycle(RequestResponseCycle):
         self.on_response()
 
 
+class ShortCycle:
+    """A request that a ``Lane`` took, where uvicorn and this protocol look for a cycle and its task."""
+
+    __slots__ = (
+        "call",
+        "disconnected",
+        "keep_alive",
+        "message_event",
+        "more_body",
+        "response_complete",
+        "response_started",
+    )
+
+    def __init__(self, keep_alive: bool) -> None:
+        self.keep_alive = keep_alive
+        self.more_body = self.disconnected = self.response_started = self.response_complete = False
+        self.message_event = NO_EVENT
+        self.call: Call | None = None
+
+    def cancel(self) -> None:
+        """As a task's: the client is gone."""
+        if self.call is not None:
+            self.call.cancel()
+
+
+class Crowd:
+    """How many connections have sent a request lately: one alone is not kept waiting for others."""
+
+    def __init__(self) -> None:
+        self._turn = 0
+        self._since = 0.0
+        self._here = self._before = 0  # connections seen in this turn, and in the one before
+
+    def enter(self, connection: HttpProtocol, now: float) -> bool:
+        """Note a request; whether there is no other connection.
+
+        Args:
+            now: seconds, on the loop's clock.
+        """
+        if now - self._since > TURN_S:
+            self._before = self._here if now - self._since < 2 * TURN_S else 0
+            self._here, self._since = 0, now
+            self._turn += 1
+        if connection.turn != self._turn:
+            connection.turn = self._turn
+            self._here += 1
+        return self._here == 1 and self._before <= 1
+
+
 class HttpProtocol(HttpToolsProtocol):
     """One connection."""
 
     limits = Limits()
-    cycle: Cycle
+    crowd = Crowd()
+    turn = -1  # of the crowd, when this connection was last seen
+    lanes: Mapping[str, Lane] = {}
+    cycle: Cycle | ShortCycle  # type: ignore[assignment]
     on_refused: Callable[[int], None] = staticmethod(lambda status: None)
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -139,8 +195,11 @@ class HttpProtocol(HttpToolsProtocol):
         self._framed = self._body_bytes = self._pieces = 0  # of the body that is being read
         self._answers = 0
         self._unsent: tuple[int, float] | None = None  # answers given when unsent bytes were first seen, and when
-        self._running: RequestResponseCycle | None = None
-        self._task: asyncio.Task[None] | None = None
+        self._running: RequestResponseCycle | ShortCycle | None = None
+        self._task: asyncio.Task[None] | ShortCycle | None = None
+        self._lane: Lane | None = None  # of the request that is being read, if it may go the short way
+        self._body: list[bytes] = []  # its body
+        self._keep_alive = True
         self._is_extra = False  # came when there were too many
         self._last_words: bytes | None = None  # to be said after the answers that are still to come
         self._is_deaf = False  # has said them; reads and drops
@@ -182,12 +241,15 @@ class HttpProtocol(HttpToolsProtocol):
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserError:
+            self._leave_lane()
             self._refuse(*self._verdict)
             return
         except httptools.HttpParserUpgrade:
             # Refused by not being answered: the request is answered as any other, and is the last.
             self._listen_no_more()
             return
+        if self._lane is not None:  # its body is not all there
+            self._leave_lane()
         if self._phase == HEAD:
             self._head_bytes += size
             if self._head_bytes > self.limits.header_bytes:
@@ -198,6 +260,9 @@ class HttpProtocol(HttpToolsProtocol):
 
     # -------------------------------------------------------------------------------------- what the parser calls back
     # On every request's way, so uvicorn's few lines are written out here instead of called.
+
+    def on_message_begin(self) -> None:
+        self.url, self.headers, self.expect_100_continue = b"", [], False
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._phase == BODY:  # a trailer; it must not pass for a header
@@ -225,21 +290,52 @@ class HttpProtocol(HttpToolsProtocol):
         if is_upgrade and any(name in (b"content-length", b"transfer-encoding") for name, _ in self.headers):
             # The parser would take the body for the new protocol, and what follows for a request.
             self._reject(400, "a request with a body cannot be upgraded to another protocol")
-        self._begin(keep_alive=not is_upgrade and self.parser.should_keep_alive())
+        http_version = self.parser.get_http_version()
+        self._keep_alive = not is_upgrade and http_version != "1.0" and self.parser.should_keep_alive()
+        lane = self.lanes.get(self.url.decode("latin-1"))
+        if lane is not None and not is_upgrade and self._may_be_short():
+            self._lane = lane
+        else:
+            self._begin()
         self._phase = BODY
         self._framed = self._body_bytes = self._pieces = 0
 
-    def _begin(self, *, keep_alive: bool) -> None:
+    def _may_be_short(self) -> bool:
+        is_free = self.cycle is None or self.cycle.response_complete
+        return (
+            is_free and not self.expect_100_continue and not self.flow.write_paused
+            and self.parser.get_method() == b"POST"
+        )  # fmt: skip
+
+    def _leave_lane(self) -> None:
+        """Let the request that is being read go the long way after all."""
+        if self._lane is None:
+            return
+        self._lane, pieces, self._body = None, self._body, []
+        self._begin()
+        cycle = self.cycle
+        assert isinstance(cycle, Cycle)
+        cycle.pieces, cycle.held = pieces, sum(map(len, pieces))
+
+    def _begin(self) -> None:
         """Let the application answer the request whose header is complete, or note it after those before it."""
-        http_version = self.parser.get_http_version()
         url = httptools.parse_url(self.url)
         path = url.path.decode("ascii")
-        scope: Any = self.scope
-        scope["method"] = self.parser.get_method().decode("ascii")
-        scope["http_version"] = http_version
-        scope["path"] = unquote(path) if "%" in path else path
-        scope["raw_path"] = url.path
-        scope["query_string"] = url.query or b""
+        scope: Any = {
+            "type": "http",
+            "asgi": {"version": self.asgi_version, "spec_version": "2.3"},
+            "http_version": self.parser.get_http_version(),
+            "server": self.server,
+            "client": self.client,
+            "scheme": self.scheme,
+            "root_path": "",
+            "headers": self.headers,
+            "state": {},
+            "method": self.parser.get_method().decode("ascii"),
+            "path": unquote(path) if "%" in path else path,
+            "raw_path": url.path,
+            "query_string": url.query or b"",
+        }
         before = self.cycle
         self.cycle = Cycle(
             scope=scope,
@@ -251,7 +347,7 @@ class HttpProtocol(HttpToolsProtocol):
             default_headers=self.server_state.default_headers,
             message_event=asyncio.Event(),
             expect_100_continue=self.expect_100_continue,
-            keep_alive=keep_alive and http_version != "1.0",
+            keep_alive=self._keep_alive,
             on_response=self.on_response_complete,
         )
         if before is None or before.response_complete:
@@ -263,9 +359,13 @@ class HttpProtocol(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         self._body_bytes += len(body)
         self._pieces += 1
+        if self._lane is not None:
+            self._body.append(body)
+            return
         cycle = self.cycle
         if cycle.response_complete:
             return
+        assert isinstance(cycle, Cycle)
         cycle.pieces.append(body)
         cycle.held += len(body)
         if cycle.held > HIGH_WATER_LIMIT:
@@ -275,12 +375,43 @@ class HttpProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         self._phase = IDLE
         self._head_bytes = -self._chunk_bytes  # what is left of this chunk belongs to the next request
+        if self._lane is not None and self._took(self._lane):
+            return
         cycle = self.cycle
         if cycle.response_complete:
             self._since = self.loop.time()
         else:
             cycle.more_body = False
             cycle.message_event.set()
+
+    def _took(self, lane: Lane) -> bool:
+        """Try the short way of a request that is whole."""
+        pieces = self._body
+        cycle = ShortCycle(self._keep_alive)
+        before, self.cycle, self._running, self._task = self.cycle, cycle, cycle, cycle
+        body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        is_alone = self.crowd.enter(self, self.loop.time())
+        cycle.call = lane.take(dict(self.headers), body, Visit(self.client, self.loop, self._reply, is_alone))
+        if cycle.call is None:
+            self.cycle, self._running, self._task = before, None, None
+            self._leave_lane()
+            return False
+        self._lane, self._body = None, []
+        return True
+
+    def _reply(self, response: Response, request: Request) -> None:
+        """Write the answer to a request that went the short way."""
+        cycle = self._running
+        assert isinstance(cycle, ShortCycle)
+        if not cycle.keep_alive:
+            response.headers = (*response.headers, ("connection", "close"))
+        elif ("connection", "close") in response.headers:
+            cycle.keep_alive = False
+        cycle.response_started = cycle.response_complete = True
+        self.transport.write(_as_bytes(response, request, self.server_state.default_headers))
+        if not cycle.keep_alive:
+            self.transport.close()
+        self.on_response_complete()
 
     # ---------------------------------------------------------------------------------------------- what the app calls
 
@@ -424,6 +555,16 @@ class HttpProtocol(HttpToolsProtocol):
         )
 
 
+def _as_bytes(response: Response, request: Request, defaults: Iterable[tuple[bytes, bytes]]) -> bytes:
+    extra = "".join([f"{name}: {value}\r\n" for name, value in response.headers])
+    own = (
+        f"content-type: {response.content_type}\r\nx-request-id: {request.id}\r\n"
+        f"content-length: {len(response.body)}\r\n{extra}\r\n"
+    )
+    shared = b"".join([b"%b: %b\r\n" % header for header in defaults])
+    return b"".join([STATUS_LINE[response.status], shared, own.encode("latin-1"), response.body])
+
+
 class Flow(FlowControl):
     """Reads on only when no request of the connection waits: what is read is held in memory."""
 
@@ -436,10 +577,13 @@ class Flow(FlowControl):
             super().resume_reading()
 
 
-def http_protocol(options: ServerOptions, on_refused: Callable[[int], None]) -> type[HttpProtocol]:
+def http_protocol(
+    options: ServerOptions, on_refused: Callable[[int], None], lanes: Mapping[str, Lane]
+) -> type[HttpProtocol]:
     """The protocol with a server's limits.
 
     Args:
+        lanes: by URL; may grow.
         on_refused: told the status of every answer that is given here, before a request reaches the application.
     """
     limits = Limits(
@@ -448,7 +592,8 @@ def http_protocol(options: ServerOptions, on_refused: Callable[[int], None]) -> 
         body_s=options.body_timeout_s,
         idle_s=options.keep_alive_s,
     )
-    return type("LimitedHttpProtocol", (HttpProtocol,), {"limits": limits, "on_refused": staticmethod(on_refused)})
+    members = {"limits": limits, "on_refused": staticmethod(on_refused), "lanes": lanes, "crowd": Crowd()}
+    return type("LimitedHttpProtocol", (HttpProtocol,), members)
 
 
 def sweep(connections: Iterable[Any], now: float) -> None:

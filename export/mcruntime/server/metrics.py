@@ -136,7 +136,7 @@ class Totals(NamedTuple):
     @classmethod
     def of(cls, statistics: Statistics) -> Totals:
         """Copy under its lock."""
-        with statistics.lock:
+        with statistics.settled():
             return cls(
                 statistics.durations["success"].count,
                 dict(statistics.failures),

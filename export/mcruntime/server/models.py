@@ -17,13 +17,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 
 from mcruntime.errors import McdeployError, ParityError
 from mcruntime.preprocess import Preprocessing
-from mcruntime.server.batcher import Answer, Batcher, Closed, Outcome, Ran
+from mcruntime.server.batcher import Answer, Batcher, Closed, Outcome, Ran, Ticket
 from mcruntime.server.errors import NotFoundError, OverloadedError, RequestError, UnavailableError
 from mcruntime.server.statistics import Statistics
 from mcruntime.server.tensors import Images, Logits, ModelSpec
@@ -82,15 +83,31 @@ class Model:
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Answer] = loop.create_future()
+        ticket = self.start(images, timeout_s, partial(_settle, future), loop)
+        try:
+            answer = await future
+        except asyncio.CancelledError:
+            self.cancel(ticket)
+            raise
+        self.check(images, answer)
+        return answer
 
+    def start(
+        self, images: Images, timeout_s: float, told: Callable[[Outcome], None], loop: asyncio.AbstractEventLoop
+    ) -> Ticket:
+        """``infer`` without waiting: ``told`` gets the outcome, not checked, on the thread of ``loop``, the caller's.
+
+        Raises:
+            OverloadedError, Closed: as ``infer``.
+        """
         thread = threading.get_ident()
 
         def deliver(outcome: Outcome) -> None:
             if threading.get_ident() == thread:
-                _settle(future, outcome)
+                told(outcome)
                 return
             try:
-                loop.call_soon_threadsafe(_settle, future, outcome)
+                loop.call_soon_threadsafe(told, outcome)
             except RuntimeError:  # the loop is closed: nobody is left to be told
                 logger.debug("an answer came after the end")
 
@@ -101,14 +118,24 @@ class Model:
         if self._watched_by is not loop:
             self._watched_by = loop
             loop.call_later(TICK_S, self._tick, loop)
-        try:
-            answer = await future
-        except asyncio.CancelledError:
-            if self.batcher.cancel(ticket):
-                self.statistics.failed("canceled", time.monotonic() - ticket.arrived)
-            raise
-        self.check(images, answer)
+        return ticket
+
+    def now(self, images: Images) -> Answer | None:
+        """``infer`` at once, on the event loop, where the way to a thread and back would take as long; else None, and
+        ``start`` is the way. For a request beside which there is no other.
+
+        Raises:
+            as ``infer``.
+        """
+        answer = self.batcher.now(images)
+        if answer is not None:
+            self.check(images, answer)
         return answer
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Forget a request whose client is gone."""
+        if self.batcher.cancel(ticket):
+            self.statistics.failed("canceled", time.monotonic() - ticket.arrived)
 
     def check(self, images: Images, answer: Answer) -> None:
         """Refuse an answer that no sound model gives.

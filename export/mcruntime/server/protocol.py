@@ -12,12 +12,15 @@ from __future__ import annotations
 import itertools
 import math
 from array import array
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import orjson
 
 from mcruntime.server.errors import RequestError
+from mcruntime.server.flat_json import read_flat
 from mcruntime.server.tensors import (
     DATATYPE,
     Images,
@@ -42,6 +45,8 @@ from mcruntime.server.tensors import (
 
 BINARY_ONLY = ("FP16", "BF16")  # the protocol has no JSON form for these
 MAX_HEADER_JSON = 1 << 20  # of the JSON before binary tensors
+MAX_KEPT_HEAD = 4096  # bytes of such a JSON that is remembered
+KEPT_HEADS = 256
 SMALL_JSON = 1 << 18  # bytes that are parsed without counting
 MOST_BRACKETS = 100_000  # 64 images of 3 x 500 rows have fewer
 MAX_ID = 1024  # characters
@@ -59,7 +64,7 @@ def parse_infer(body: bytes, header_length: int | None, spec: ModelSpec) -> Infe
     """
     if header_length is None:
         most_values = spec.max_batch_size * math.prod(spec.shape)
-        return _parse_tree(_parse_json(body, most_values), memoryview(b""), spec, body)
+        return _parse_tree(_parse_tensor_json(body, most_values), memoryview(b""), spec, body)
     if header_length == 0 and body:
         return InferRequest("", images_from_bytes(body, 1, spec), Wish(binary=True))
     if not 0 < header_length <= len(body):
@@ -67,8 +72,12 @@ def parse_infer(body: bytes, header_length: int | None, spec: ModelSpec) -> Infe
     if header_length > MAX_HEADER_JSON and header_length < len(body):
         raise RequestError(f"the JSON before binary tensors is larger than {MAX_HEADER_JSON} bytes")
     view = memoryview(body)
-    head = view[:header_length]
-    return _parse_tree(_parse_json(head), view[header_length:], spec, head)
+    text, binary = body[:header_length], view[header_length:]
+    if header_length <= MAX_KEPT_HEAD and len(binary):
+        head = _read_head(text, len(binary), spec)
+        if head is not None:
+            return InferRequest(head.id, images_from_bytes(binary, head.batch, spec), head.wish, head.timeout_s)
+    return _parse_tree(_parse_json(text), binary, spec, text)
 
 
 def read_header_length(value: bytes) -> int:
@@ -93,9 +102,13 @@ def format_infer(request: InferRequest, spec: ModelSpec, logits: Logits) -> tupl
     """
     if request.wish.top_k or not request.wish.binary:
         check_answer(logits, spec)
+    wish = request.wish
+    if wish.binary and not wish.top_k:
+        data = np.ascontiguousarray(logits, "<f4").tobytes()
+        head = _binary_head(request.id, spec, len(logits))
+        return head + data, len(head)
     answer: dict[str, Any] = {"id": request.id} if request.id else {}
     answer |= {"model_name": spec.name, "model_version": spec.version}
-    wish = request.wish
     rows = classify(logits, wish.top_k, spec.labels) if wish.top_k else None
     output: dict[str, Any] = {"name": spec.output_name}
     if rows is not None:
@@ -103,8 +116,8 @@ def format_infer(request: InferRequest, spec: ModelSpec, logits: Logits) -> tupl
     else:
         output |= {"datatype": DATATYPE, "shape": list(logits.shape)}
     answer["outputs"] = [output]
-    if wish.binary:
-        data = pack_strings(rows) if rows is not None else np.ascontiguousarray(logits, "<f4").tobytes()
+    if rows is not None and wish.binary:
+        data = pack_strings(rows)
         output["parameters"] = {"binary_data_size": len(data)}
         head = dump(answer)
         return head + data, len(head)
@@ -112,6 +125,18 @@ def format_infer(request: InferRequest, spec: ModelSpec, logits: Logits) -> tupl
         [text for row in rows for text in row] if rows is not None else logits.astype(np.float64).ravel().tolist()
     )
     return dump(answer), None
+
+
+@lru_cache(KEPT_HEADS)
+def _binary_head(request_id: str, spec: ModelSpec, batch: int) -> bytes:
+    output = {
+        "name": spec.output_name,
+        "datatype": DATATYPE,
+        "shape": [batch, spec.num_classes],
+        "parameters": {"binary_data_size": 4 * batch * spec.num_classes},
+    }
+    answer = {"id": request_id} if request_id else {}
+    return dump({**answer, "model_name": spec.name, "model_version": spec.version, "outputs": [output]})
 
 
 def format_metadata(spec: ModelSpec, versions: list[str]) -> dict[str, Any]:
@@ -151,16 +176,54 @@ def _parse_json(data: bytes | memoryview, most_values: int = 1000) -> dict[str, 
     return tree
 
 
+def _parse_tensor_json(data: bytes, most_values: int) -> dict[str, Any]:
+    """As ``_parse_json``, but a flat ``data`` of the one input is float64 [n] where ``read_flat`` takes it."""
+    if len(data) > SMALL_JSON:
+        _refuse_bomb(data, most_values)
+    tree = read_flat(data)
+    return _parse_json(data, most_values) if tree is None else tree
+
+
 def _refuse_bomb(data: bytes | memoryview, most_values: int) -> None:
     """Two bytes of JSON can become 60 of Python, and a second of everybody's time; so count before parsing."""
-    text = data if isinstance(data, bytes) else bytes(data)
-    if text.count(b"[") + text.count(b"{") > MOST_BRACKETS:
+    text = np.frombuffer(data, np.uint8)
+    if np.count_nonzero(text == ord("[")) + np.count_nonzero(text == ord("{")) > MOST_BRACKETS:
         raise RequestError(f"failed to parse the request JSON buffer: more than {MOST_BRACKETS} arrays and objects")
-    if text.count(b",") > most_values + MOST_BRACKETS:
+    if np.count_nonzero(text == ord(",")) > most_values + MOST_BRACKETS:
         raise RequestError("failed to parse the request JSON buffer: more values than the model takes")
 
 
-def _parse_tree(tree: dict[str, Any], binary: memoryview, spec: ModelSpec, text: bytes | memoryview) -> InferRequest:
+@dataclass(frozen=True, slots=True)
+class _Head:
+    """All that a request says beside its one binary tensor."""
+
+    id: str
+    wish: Wish
+    timeout_s: float | None
+    batch: int
+
+
+@lru_cache(KEPT_HEADS)
+def _read_head(text: bytes, num_binary: int, spec: ModelSpec) -> _Head | None:
+    """The checked JSON before a binary tensor; None: what follows is not that tensor. A client sends the same text
+    again and again, so it is read once."""
+    whole, tensor = _read_tree(_parse_json(text), spec)
+    batch, is_binary = _read_tensor(tensor, num_binary, spec)
+    return _Head(whole.id, whole.wish, whole.timeout_s, batch) if is_binary else None
+
+
+def _parse_tree(tree: dict[str, Any], binary: memoryview, spec: ModelSpec, text: bytes) -> InferRequest:
+    head, tensor = _read_tree(tree, spec)
+    batch, is_binary = _read_tensor(tensor, len(binary), spec)
+    if is_binary:
+        images = images_from_bytes(binary, batch, spec)
+    else:
+        images = _from_json(tensor.get("data"), [batch, *spec.shape], spec, text)
+    return InferRequest(head.id, images, head.wish, head.timeout_s)
+
+
+def _read_tree(tree: dict[str, Any], spec: ModelSpec) -> tuple[_Head, dict[str, Any]]:
+    """What a request says, and its one input as it is written; the batch is still to be read."""
     request_id = tree.get("id")
     if "id" in tree and not isinstance(request_id, str):
         raise RequestError("failed to parse the request JSON buffer: 'id' must be a string")
@@ -171,8 +234,7 @@ def _parse_tree(tree: dict[str, Any], binary: memoryview, spec: ModelSpec, text:
     check_input_count(inputs, spec)
     check_priority(parameters)
     wish = _wish(tree, parameters, spec)
-    images = _images(inputs[0], binary, spec, text)
-    return InferRequest(request_id or "", images, wish, timeout_of(parameters))
+    return _Head(request_id or "", wish, timeout_of(parameters), 0), inputs[0]
 
 
 def _wish(tree: dict[str, Any], parameters: dict[str, Any], spec: ModelSpec) -> Wish:
@@ -224,7 +286,8 @@ def check_parameters(tree: dict[str, Any]) -> dict[str, Any]:
     return parameters
 
 
-def _images(tensor: dict[str, Any], binary: memoryview, spec: ModelSpec, text: bytes | memoryview) -> Images:
+def _read_tensor(tensor: dict[str, Any], num_binary: int, spec: ModelSpec) -> tuple[int, bool]:
+    """The batch of a request's input, and whether its numbers are the binary part, which then has that size."""
     parameters = check_parameters(tensor)
     refuse_shared_memory(parameters)
     shape = tensor.get("shape")
@@ -238,25 +301,30 @@ def _images(tensor: dict[str, Any], binary: memoryview, spec: ModelSpec, text: b
         )
     check_input(name, tensor.get("datatype"), shape, spec)
     if size is None:
-        if len(binary):
+        if num_binary:
             raise RequestError(f"unexpected additional input data for model '{spec.name}'")
-        return _from_json(tensor.get("data"), shape, spec, text)
+        return shape[0], False
     if "data" in tensor:
         raise RequestError(f"input '{name}' has both 'data' and 'binary_data_size'; send one of them")
     if type(size) is not int or size < 0:
         raise RequestError(f"'binary_data_size' of input '{name}' must be a whole number of bytes")
-    if size > len(binary):
+    if size > num_binary:
         raise RequestError(
-            f"unexpected size for input '{name}', expecting {size - len(binary)} additional bytes "
+            f"unexpected size for input '{name}', expecting {size - num_binary} additional bytes "
             f"for model '{spec.name}'"
         )
-    if size < len(binary):
+    if size < num_binary:
         raise RequestError(f"unexpected additional input data for model '{spec.name}'")
-    return images_from_bytes(binary, shape[0], spec)
+    return shape[0], True
 
 
-def _from_json(data: Any, shape: list[int], spec: ModelSpec, text: bytes | memoryview) -> Images:
+def _from_json(data: Any, shape: list[int], spec: ModelSpec, text: bytes) -> Images:
     what = f"input '{spec.input_name}' for model '{spec.name}'"
+    if isinstance(data, np.ndarray):
+        _check_amount(len(data), shape, what)
+        with np.errstate(over="ignore"):
+            flat = data.astype(np.float32)
+        return check_finite(flat, spec).reshape(shape)
     numbers = _flatten(data, shape, what)
     # array() refuses text and null, but takes true for 1. A search for their letters is far cheaper than 10,000 types.
     if _may_hold_words(text) and not set(map(type, numbers)) <= {int, float}:
@@ -270,11 +338,10 @@ def _from_json(data: Any, shape: list[int], spec: ModelSpec, text: bytes | memor
     return check_finite(flat, spec).reshape(shape)
 
 
-def _may_hold_words(text: bytes | memoryview) -> bool:
+def _may_hold_words(text: bytes) -> bool:
     """Whether "true" or "false" may stand after the key "data"; may err towards yes."""
-    whole = text if isinstance(text, bytes) else bytes(text)
-    place = whole.find(b'"data"')
-    return place < 0 or whole.find(b"r", place) >= 0 or whole.find(b"l", place) >= 0
+    place = text.find(b'"data"')
+    return place < 0 or text.find(b"r", place) >= 0 or text.find(b"l", place) >= 0
 
 
 def _flatten(data: Any, shape: list[int], what: str) -> list[Any]:
@@ -288,6 +355,10 @@ def _flatten(data: Any, shape: list[int], what: str) -> list[Any]:
             if not all(isinstance(row, list) and len(row) == size for row in numbers):
                 raise RequestError(f"'data' of {what} is nested, but not as its shape {shape} says")
             numbers = list(itertools.chain.from_iterable(numbers))
-    if len(numbers) != math.prod(shape):
-        raise RequestError(f"unexpected size of {what}: expected {math.prod(shape)} numbers, got {len(numbers)}")
+    _check_amount(len(numbers), shape, what)
     return numbers
+
+
+def _check_amount(got: int, shape: list[int], what: str) -> None:
+    if got != math.prod(shape):
+        raise RequestError(f"unexpected size of {what}: expected {math.prod(shape)} numbers, got {got}")

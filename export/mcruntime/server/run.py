@@ -138,7 +138,7 @@ class DrainingServer(uvicorn.Server):
             uvicorn.Config(
                 app, lifespan="off", ws="none", log_level="warning", access_log=False, server_header=False,
                 timeout_graceful_shutdown=1, loop="uvloop", log_config=None, proxy_headers=False,
-                http=http_protocol(options, lambda status: app.answered.update([status])),
+                http=http_protocol(options, lambda status: app.answered.update([status]), app.lanes),
                 ssl_context_factory=None if tls is None else lambda config, default: tls,
             )
         )  # fmt: skip

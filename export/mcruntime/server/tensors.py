@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,7 @@ class ModelSpec:
     num_classes: int
     max_batch_size: int  # images in one request
     version: str = "1"
-    labels: tuple[str, ...] = ()
+    labels: tuple[str, ...] = field(default=(), hash=False)  # a thousand: a hash is wanted for every request
     platform: str = "onnxruntime_onnx"
     backend: str = "onnxruntime"
 

@@ -14,6 +14,12 @@ from mcruntime.server.protocol import dump
 JSON = "application/json"
 MODEL = r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[0-9]+))?"  # where everything about one model is
 MOST_PARAMETERS = 32  # of a query
+HUNG_UP = 499  # no status of HTTP's, but what logs and dashboards call it
+
+
+async def no_body() -> bytes:
+    """Of a request that has none."""
+    return b""
 
 
 @dataclass(slots=True)
@@ -43,7 +49,7 @@ class Request:
     path: str
     query_string: bytes
     headers: dict[bytes, bytes]
-    read: Callable[[], Awaitable[bytes]]
+    read: Callable[[], Awaitable[bytes]] = no_body
     id: str = ""
     args: dict[str, str] = field(default_factory=dict)
     timing: Timing = field(default_factory=Timing)
