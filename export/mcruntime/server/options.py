@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -14,6 +15,8 @@ if TYPE_CHECKING:  # the engine brings NumPy with it, and --help should be quick
     from mcruntime.engine import Provider
 
 MIB = 1 << 20
+HOST_NAME = re.compile(r"[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*\.?")
+MANY = ("split", "shadows", "allowed_hosts")  # may be given several times
 
 
 def _option(default: Any, words: str, metavar: str = "", *, factory: Any = None) -> Any:
@@ -56,13 +59,22 @@ class ServerOptions:
     body_timeout_s: float = _option(30.0, "in which a request's body must arrive; else 408", "SECONDS")
     drain_s: float = _option(25.0, "how long requests in flight may take after the stop signal", "SECONDS")
     api_keys: Path | None = _option(
-        None, "one key a line; all but health probes and the page itself then need one", "FILE"
+        None, "one key a line; all but health probes and the page itself then need one; read again on SIGHUP", "FILE"
     )
     control_keys: Path | None = _option(
-        None, "one key a line; lets their holders load and unload models, which is off without it", "FILE"
+        None,
+        "one key a line; lets their holders load and unload models, which is off without it; read again on SIGHUP",
+        "FILE",
+    )
+    allowed_hosts: tuple[str, ...] = _option(
+        (),
+        "a name that clients may ask by; else, on a loopback address without --api-keys, only localhost and addresses",
+        "NAME",
     )
     tls_cert: Path | None = _option(
-        None, "certificate chain, PEM; with --tls-key: serve HTTPS and gRPC over TLS", "FILE"
+        None,
+        "certificate chain, PEM; with --tls-key: serve HTTPS and gRPC over TLS; all TLS files are read again on SIGHUP",
+        "FILE",
     )
     tls_key: Path | None = _option(None, "its private key, PEM", "FILE")
     tls_client_ca: Path | None = _option(None, "ask clients for a certificate of this authority (mTLS), PEM", "FILE")
@@ -112,6 +124,11 @@ class ServerOptions:
             raise InputError("--max-inflight-bytes: expected at least --max-body-bytes, or no large request ever fits")
         if not 0 <= self.shadow_share <= 1:
             raise InputError(f"--shadow-share: expected 0 to 1, got {self.shadow_share}")
+        for name in self.allowed_hosts:
+            if not HOST_NAME.fullmatch(name):
+                raise InputError(
+                    f"--allowed-host: expected a name without a port, such as models.example.com; got {name!r}"
+                )
         if (self.tls_cert is None) != (self.tls_key is None):
             raise InputError("--tls-cert and --tls-key: give both, or neither")
         if self.tls_client_ca is not None and self.tls_cert is None:
@@ -145,8 +162,8 @@ def flags() -> list[Flag]:
             name=one.name,
             flag=_flag(one.name),
             type=_TYPES.get(str(one.type).removesuffix(" | None"), str),
-            many=one.name in ("split", "shadows"),
-            default=None if one.name in ("split", "shadows", "buckets") else one.default,
+            many=one.name in MANY,
+            default=None if one.name in (*MANY, "buckets") else one.default,
             help=one.metadata["help"],
             metavar=one.metadata["metavar"],
         )
@@ -164,6 +181,7 @@ def from_flags(values: Mapping[str, Any]) -> ServerOptions:
     read["buckets"] = _read_sizes(read.get("buckets") or "")
     read["split"] = _read_split(read.get("split") or ())
     read["shadows"] = tuple(read.get("shadows") or ())
+    read["allowed_hosts"] = tuple(read.get("allowed_hosts") or ())
     return ServerOptions(**read)
 
 
@@ -195,6 +213,7 @@ def _read_split(rules: Sequence[str]) -> dict[str, dict[str, float]]:
 def _flag(name: str) -> str:
     singular = {
         "shadows": "shadow",
+        "allowed_hosts": "allowed-host",
         "timeout_s": "timeout",
         "body_timeout_s": "body-timeout",
         "drain_s": "drain",

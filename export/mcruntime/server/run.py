@@ -12,8 +12,8 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -23,12 +23,13 @@ import uvicorn
 from mcruntime.errors import InputError, McdeployError, MissingExtraError
 from mcruntime.server import logs, metrics, pages
 from mcruntime.server.app import App
-from mcruntime.server.auth import Keys
+from mcruntime.server.auth import Keys, hosts_of
 from mcruntime.server.http import SWEEP_S, TLS_HANDSHAKE_S, http_protocol, sweep
 from mcruntime.server.loader import Target, check_unique, describe, find_in, parse_target, source_of
 from mcruntime.server.models import Models, Source
 from mcruntime.server.options import ServerOptions
-from mcruntime.server.shadow import open_shadows
+from mcruntime.server.shadow import Shadows, open_shadows
+from mcruntime.server.signals import Signals, Stopped
 from mcruntime.server.tls import tls_context
 from mcruntime.server.tracing import open_tracing
 
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 
 M_ARENA_MAX = -8  # of malloc.h
 LATE_BODIES_S = 2.0  # in which requests that are still being sent must be there, once the server stops
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 MOST_GUESTS = 4096  # taken at the end, though more should come meanwhile
 LAST_WORDS_S = 0.5  # for connections that are open when the last request is answered
 GRPC_NEEDED = {
@@ -52,8 +52,14 @@ def run(bundles: Sequence[Path | str], options: ServerOptions) -> None:
     if not bundles and options.repository is None:
         raise InputError("nothing to serve; give at least one bundle folder, or a --repository of them")
     _share_heaps()
+    with suppress(Stopped):
+        _run(bundles, options)
+
+
+def _run(bundles: Sequence[Path | str], options: ServerOptions) -> None:
     with ExitStack() as stack:
         stack.enter_context(logs.to_stderr(options))
+        signals = stack.enter_context(Signals())
         listener = stack.enter_context(_bind(options.host, options.port))  # a port in use is known at once
         if options.grpc_port is not None:
             _require_grpc()
@@ -80,8 +86,11 @@ def run(bundles: Sequence[Path | str], options: ServerOptions) -> None:
             refusals=refusals,
         )
         app.mirror = shadows.mirror if shadows.all else None
+        app.hosts = hosts_of(listener.getsockname()[0], [*options.allowed_hosts], has_keys=keys is not None)
         stack.callback(app.close)
-        _listen(listener, app, options, tls)
+        server = DrainingServer(app, options, tls, shadows)
+        server.hangs_up_at_start = lambda: signals.hung_up
+        _listen(listener, server, options, signals)
 
 
 def _share_heaps() -> None:
@@ -133,7 +142,13 @@ def _require_grpc() -> None:
 class DrainingServer(uvicorn.Server):
     """uvicorn that, told to stop, first answers 503 to new work until what is in flight is done, then closes."""
 
-    def __init__(self, app: App, options: ServerOptions, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self,
+        app: App,
+        options: ServerOptions,
+        tls: ssl.SSLContext | None = None,
+        shadows: Shadows | None = None,
+    ) -> None:
         super().__init__(
             uvicorn.Config(
                 app, lifespan="off", ws="none", log_level="warning", access_log=False, server_header=False,
@@ -145,8 +160,12 @@ class DrainingServer(uvicorn.Server):
         app.connections = lambda: len(self.server_state.connections)
         self._app = app
         self._options = options
+        self._shadows = shadows
         self.grpc: GrpcServer | None = None
+        self.hangs_up_at_start: Callable[[], bool] = lambda: False  # whether SIGHUP came before it could be heard here
         self._reloads: set[asyncio.Task[None]] = set()
+        self._reading = asyncio.Lock()
+        self._fresh_tls: ssl.SSLContext | None = None  # read, but not in use yet
         self.num_cut_off = 0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -157,6 +176,8 @@ class DrainingServer(uvicorn.Server):
         loop = asyncio.get_running_loop()
         if hasattr(signal, "SIGHUP") and threading.current_thread() is threading.main_thread():
             loop.add_signal_handler(signal.SIGHUP, self._reload)
+            if self.hangs_up_at_start():
+                self._reload()
         if self._options.grpc_port is not None:
             from mcruntime.server import grpc_server
 
@@ -166,17 +187,8 @@ class DrainingServer(uvicorn.Server):
             print(f"listening on {'https' if self.config.ssl else 'http'}://{_shown(host)}:{port}", flush=True)
         if self.grpc is not None:
             print(f"grpc on {_shown(self._options.host)}:{self.grpc.port}", flush=True)
-        # As uvicorn's, but for the time a TLS handshake may take.
-        self.servers = [
-            await loop.create_server(
-                self._make_connection,
-                sock=sock,
-                ssl=self.config.ssl,
-                backlog=self.config.backlog,
-                ssl_handshake_timeout=TLS_HANDSHAKE_S if self.config.ssl else None,
-            )
-            for sock in sockets or []
-        ]
+        self._sockets = list(sockets or [])
+        self.servers = [await self._take_from(sock) for sock in self._sockets]
         self._sweeper = loop.create_task(self._sweep(loop))
         self.started = True
 
@@ -200,6 +212,19 @@ class DrainingServer(uvicorn.Server):
         finally:
             self._sweeper.cancel()
 
+    async def _take_from(self, sock: socket.socket) -> asyncio.Server:
+        """Take connections from a socket that listens; the handle that the loop closes is not ours.
+
+        As uvicorn does it, but for that and for the time a TLS handshake may take.
+        """
+        return await asyncio.get_running_loop().create_server(
+            self._make_connection,
+            sock=sock.dup(),
+            ssl=self.config.ssl,
+            backlog=self.config.backlog,
+            ssl_handshake_timeout=TLS_HANDSHAKE_S if self.config.ssl else None,
+        )
+
     def _make_connection(self) -> asyncio.Protocol:
         return self.config.http_protocol_class(  # type: ignore[call-arg]
             config=self.config, server_state=self.server_state, app_state=self.lifespan.state
@@ -208,7 +233,7 @@ class DrainingServer(uvicorn.Server):
     async def _say_last_words(self, sockets: list[socket.socket]) -> None:
         """Listen no more; who has just connected, or is just sending, is told 503 instead of being cut off."""
         loop = asyncio.get_running_loop()
-        own = [sock.dup() for sock in sockets]  # the loop closes its own
+        own = [sock.dup() for sock in sockets]
         for server in self.servers:
             server.close()
         # Those whom the kernel has let in already would be reset, so they are taken before the last handle is closed.
@@ -226,9 +251,49 @@ class DrainingServer(uvicorn.Server):
             await asyncio.sleep(0.02)
 
     def _reload(self) -> None:
-        task = asyncio.get_running_loop().create_task(self._app.models.reload())
+        task = asyncio.get_running_loop().create_task(self._read_again())
         self._reloads.add(task)  # a task that nobody holds may vanish
         task.add_done_callback(self._reloads.discard)
+
+    async def _read_again(self) -> None:
+        """Keys and certificates first, then the models and their shadows, which may take long. What is not as it should
+        be is logged, and what was there before stays."""
+        async with self._reading:
+            for path, keys in (
+                (self._options.api_keys, self._app.keys),
+                (self._options.control_keys, self._app.control),
+            ):
+                if keys is not None:
+                    await self._attempt(keys.read_again, f"the keys of {path} are those that hold")
+            if self.config.ssl is not None:
+                await self._attempt(self._read_certificate, f"new connections get {self._options.tls_cert}")
+                await self._replace_certificate()
+        await self._app.models.reload()
+        if self._shadows is not None:
+            await self._shadows.reload(self._app.models)
+
+    async def _attempt(self, work: Callable[[], None], words: str) -> None:
+        """Do what may fail in a thread, and log what came of it."""
+        try:
+            await asyncio.to_thread(work)
+        except McdeployError as error:
+            logger.error("what was there before stays: %s", error)
+        else:
+            logger.info("read again: %s", words)
+
+    def _read_certificate(self) -> None:
+        self._fresh_tls = tls_context(self._options)
+
+    async def _replace_certificate(self) -> None:
+        """Listen with what was read. Not by changing the context in place: where that fails, half of a pair is left; an
+        authority of clients could be added, but not taken away; and old sessions could be resumed."""
+        fresh, self._fresh_tls = self._fresh_tls, None
+        if fresh is None or self._app.draining:
+            return
+        self.config.ssl = fresh
+        before, self.servers = self.servers, [await self._take_from(sock) for sock in self._sockets]
+        for server in before:  # closes a handle; who waits in the socket's queue stays there
+            server.close()
 
     async def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:
         while True:
@@ -246,10 +311,9 @@ def _guests_of(listener: socket.socket) -> list[socket.socket]:
     return guests
 
 
-def _listen(listener: socket.socket, app: App, options: ServerOptions, tls: ssl.SSLContext | None) -> None:
-    server = DrainingServer(app, options, tls)
+def _listen(listener: socket.socket, server: DrainingServer, options: ServerOptions, signals: Signals) -> None:
     host, port = listener.getsockname()[:2]
-    with _signals_stop(server):
+    with signals.serving(server.handle_exit):
         try:
             listener.listen(2048)
         except OSError:
@@ -259,20 +323,6 @@ def _listen(listener: socket.socket, app: App, options: ServerOptions, tls: ssl.
         raise McdeployError(
             f"{server.num_cut_off} requests were cut off: not done {options.drain_s:.0f} s after the stop signal"
         )
-
-
-@contextmanager
-def _signals_stop(server: DrainingServer) -> Iterator[None]:
-    """uvicorn raises the signal that stopped it again afterwards; let it meet a handler, so that we exit with 0."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {sig: signal.signal(sig, server.handle_exit) for sig in SIGNALS}
-    try:
-        yield
-    finally:
-        for sig, handler in before.items():
-            signal.signal(sig, handler)
 
 
 def _bind(host: str, port: int) -> socket.socket:
