@@ -161,7 +161,7 @@ class ExportConfig(Section):
 
 
 class Recipe(Section):
-    """The whole file. Only ``cli.py`` and this module know it."""
+    """The whole file. Only ``runs.py`` and this module know it."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # of the run, the bundle, and on the server
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0

@@ -58,11 +58,11 @@ def groups_of(model, images):
     return [np.flatnonzero(which_B.numpy() == wiring) for wiring in which_B.unique()]
 
 
-def stand_in():
+def stand_in(count=128):
     """ResNet-32 with random routers, and noise."""
     model = mcdeploy.wire(timm_model("resnet32_cifar"), "ddw", image_size=32).eval()
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(128, 3, 32, 32, generator=generator)
+    images = torch.randn(count, 3, 32, 32, generator=generator)
     for stage in dynamic_stages(model).values():
         seen = []
         handle = stage.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].mean((2, 3))))
@@ -78,15 +78,15 @@ def stand_in():
     return model, images
 
 
-def trained(run):
+def trained(run, count=128):
     """A run's compiled model, and validation images."""
-    from mcdeploy.cli import _loaders_of, _open_run
     from mcdeploy.data import plain_training_images
+    from mcdeploy.runs import loaders_of, open_run
 
-    recipe, model, _ = _open_run(run)
-    loaders = _loaders_of(recipe.data)
+    recipe, model, _ = open_run(run)
+    loaders = loaders_of(recipe.data)
     calibration = plain_training_images(loaders, recipe.export.calibration_images, 0)
-    images = loaders.val.dataset.__getitems__(list(range(128)))[0].float()
+    images = loaders.val.dataset.__getitems__(list(range(count)))[0].float()
     return mcdeploy.compile_model(model, images[:7], calibration), images
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 from runs import short_recipe, write_recipe
 
 from mcdeploy import cli
+from mcdeploy.runs import ship_run, train_run
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = (
@@ -38,8 +39,8 @@ COMMANDS = (
 def finished(tmp_path_factory):
     """A finished run with its bundle; tests that change something copy it."""
     run = tmp_path_factory.mktemp("finished") / "run"
-    cli._train(short_recipe(export={"min_agreement": 0.9}), run, resume=False)
-    cli._prune_export(run, run / "bundle")
+    train_run(short_recipe(export={"min_agreement": 0.9}), run, resume=False)
+    ship_run(run, run / "bundle")
     return run
 
 

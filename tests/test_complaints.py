@@ -80,8 +80,8 @@ def test_statistics_are_estimated_anew_when_the_gates_are_frozen():
 def test_training_estimates_them_once_and_before_the_wiring_is_fixed_for_good(monkeypatch, tmp_path):
     from runs import short_recipe
 
-    from mcdeploy import cli
     from mcdeploy.connectivity.wiring import gate_values
+    from mcdeploy.runs import train_run
 
     calls = []
     real = train._reestimate_bn
@@ -91,5 +91,5 @@ def test_training_estimates_them_once_and_before_the_wiring_is_fixed_for_good(mo
         real(model, loader, num_batches)
 
     monkeypatch.setattr(train, "_reestimate_bn", watched)
-    cli._train(short_recipe(), tmp_path / "run", resume=False)
+    train_run(short_recipe(), tmp_path / "run", resume=False)
     assert calls == [(2, False)], "once, by train.bn_batches, of a model whose gates are frozen"

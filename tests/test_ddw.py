@@ -11,11 +11,11 @@ from tiny_models import images, small_resnet, timm_model
 from torch import nn
 
 import mcdeploy
-from mcdeploy.cli import _open_run, _train
 from mcdeploy.compile.certify import scramble
 from mcdeploy.connectivity.ddw import Seen, adjacencies, dynamic_stages, pattern_ids
 from mcdeploy.connectivity.wiring import topology_of
 from mcdeploy.errors import RecipeError, WiringError
+from mcdeploy.runs import open_run, train_run
 
 ROUTERS = ("stage", "node")
 CLOSED, OPEN = -40.0, 40.0
@@ -427,8 +427,8 @@ def test_an_exported_program_takes_any_batch_and_computes_the_same():
 def test_a_trained_net_is_rebuilt_from_its_checkpoint_and_its_wirings_are_logged(tmp_path):
     options = {"rule": "ddw", "warm_up": 1, "target_open": 0.6, "penalty": 5.0, "temperature_end": 0.5}
     recipe = short_recipe(connectivity=options, train={"joint_epochs": 0, "ema_decay": 0.5})
-    result, loaders = _train(recipe, tmp_path, resume=False)
-    _, model, header = _open_run(tmp_path)
+    result, loaders = train_run(recipe, tmp_path, resume=False)
+    _, model, header = open_run(tmp_path)
     x, _ = next(iter(loaders.val))
     with torch.no_grad():
         assert torch.equal(model(x), result.model(x))

@@ -17,7 +17,6 @@ from torch import nn
 import mcdeploy
 from mcdeploy.backbones.multibranch import MultiBranchNet
 from mcdeploy.checkpoint import load_checkpoint
-from mcdeploy.cli import _open_run, _train
 from mcdeploy.compile.branches import merge_summed_branches
 from mcdeploy.compile.certify import scramble
 from mcdeploy.compile.prune import count_parameters, drop_dead_blocks
@@ -26,6 +25,7 @@ from mcdeploy.connectivity.gates import GateOptimizer, Gates
 from mcdeploy.connectivity.topology import Node, StageWiring, Topology
 from mcdeploy.connectivity.wiring import candidates_of, fix, gate_values, topology_of, wired_stages
 from mcdeploy.errors import RecipeError, WiringError
+from mcdeploy.runs import open_run, train_run
 
 BRANCHES = 4
 PLAIN = {"num_modules": (2, 2), "num_branches": BRANCHES, "width": 2, "channels": 8, "stem_channels": 8}
@@ -436,11 +436,11 @@ def test_a_run_trains_jointly_freezes_and_is_restored_from_its_checkpoint(tmp_pa
         connectivity={"rule": "gateconnect", "fan_in": 1},
         train={"epochs": 2, "joint_epochs": 1},
     )
-    result, _ = _train(recipe, tmp_path, resume=False)
+    result, _ = train_run(recipe, tmp_path, resume=False)
     header = load_checkpoint(tmp_path).header
     assert header["frozen"]
     assert Topology.from_json(header["topology"]) == result.topology
-    _, restored, _ = _open_run(tmp_path)
+    _, restored, _ = open_run(tmp_path)
     with torch.no_grad():
         assert torch.equal(restored(images(2, 16)), result.model(images(2, 16)))
 

@@ -15,10 +15,11 @@ from mcruntime.signature import keygen, verify_signature
 from mcruntime.tensorrt import EngineFacts
 from runs import reuse_compiled, short_recipe
 
-from mcdeploy import cli, forms, package
+from mcdeploy import forms, package
 from mcdeploy.backends.readback import read_facts
 from mcdeploy.checkpoint import load_checkpoint
 from mcdeploy.errors import AccuracyError, InputError
+from mcdeploy.runs import licence_of, loaders_of, open_run, ship_run, train_run
 from mcdeploy.targets import evaluate_target, open_file
 
 EVERYTHING: dict = {"precision": ("fp32", "fp16", "int8"), "batch": (1, 4, 11), "calibration_images": 64}
@@ -27,13 +28,13 @@ EVERYTHING: dict = {"precision": ("fp32", "fp16", "int8"), "batch": (1, 4, 11), 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     run = tmp_path_factory.mktemp("package") / "run"
-    cli._train(short_recipe(export={"min_agreement": 0.9, "max_accuracy_drop": 0.1}), run, resume=False)
+    train_run(short_recipe(export={"min_agreement": 0.9, "max_accuracy_drop": 0.1}), run, resume=False)
     return run
 
 
 @pytest.fixture(scope="module")
 def shipped(run):
-    return cli._prune_export(run, run / "bundle", changes=EVERYTHING)
+    return ship_run(run, run / "bundle", changes=EVERYTHING)
 
 
 @pytest.fixture
@@ -75,8 +76,8 @@ def test_every_hop_was_compared_at_batches_1_2_3_7_and_the_largest(shipped):
 
 
 def test_each_model_says_its_accuracy_and_it_is_the_one_that_eval_finds(shipped, run):
-    recipe, _, _ = cli._open_run(run)
-    loaders = cli._loaders_of(recipe.data)
+    recipe, _, _ = open_run(run)
+    loaders = loaders_of(recipe.data)
     for precision, model in shipped.bundle.manifest.models.items():
         target = open_file(f"{shipped.bundle.folder}@{precision}")
         assert evaluate_target(target, loaders, image_size=8).top1 == pytest.approx(model.accuracy)
@@ -104,13 +105,13 @@ def test_the_manifest_says_where_it_comes_from_and_how_fast_it_was(shipped, run)
 
 
 def test_the_same_run_gives_the_same_files_and_the_same_id(shipped, run, tmp_path):
-    again = cli._prune_export(run, tmp_path / "again", changes=EVERYTHING).bundle.manifest
+    again = ship_run(run, tmp_path / "again", changes=EVERYTHING).bundle.manifest
     assert again.files == shipped.bundle.manifest.files
     assert again.id == shipped.bundle.manifest.id
 
 
 def test_only_what_was_asked_for_is_in_the_bundle_and_the_first_is_served(run, quick, tmp_path):
-    made = cli._prune_export(run, tmp_path / "b", changes={**EVERYTHING, "precision": ("fp16",)}).bundle
+    made = ship_run(run, tmp_path / "b", changes={**EVERYTHING, "precision": ("fp16",)}).bundle
     assert [path.name for path in sorted(made.folder.glob("*.onnx"))] == ["model.fp16.onnx"]
     assert (made.manifest.serve, made.model_path.name) == ("fp16", "model.fp16.onnx")
 
@@ -127,10 +128,10 @@ def test_no_file_of_the_bundle_is_a_pickle_and_no_path_of_this_machine_is_in_it(
 def test_a_signed_bundle_is_signed_by_that_key(run, quick, tmp_path):
     private = tmp_path / "key"
     keygen(private)
-    made = cli._prune_export(run, tmp_path / "b", sign=private)
+    made = ship_run(run, tmp_path / "b", sign=private)
     verify_signature(made.bundle.folder, tmp_path / "key.pub")
     with pytest.raises(InputError, match="no such key file"):
-        cli._prune_export(run, tmp_path / "c", sign=tmp_path / "nowhere")
+        ship_run(run, tmp_path / "c", sign=tmp_path / "nowhere")
 
 
 def test_an_accuracy_floor_that_does_not_hold_ships_nothing(run, quick, tmp_path, monkeypatch):
@@ -139,7 +140,7 @@ def test_an_accuracy_floor_that_does_not_hold_ships_nothing(run, quick, tmp_path
 
     monkeypatch.setattr(forms, "accuracy", half_right)
     with pytest.raises(AccuracyError):
-        cli._prune_export(run, tmp_path / "b", changes={**EVERYTHING, "max_accuracy_drop": 0.01})
+        ship_run(run, tmp_path / "b", changes={**EVERYTHING, "max_accuracy_drop": 0.01})
     assert not (tmp_path / "b").exists()
     assert not list(tmp_path.glob(".b*"))
 
@@ -186,7 +187,7 @@ def engines(tmp_path, monkeypatch):
 @pytest.mark.parametrize("batch", [(1, 4, 11), (1, 1, 1), (4, 8, 16)])
 def test_an_engine_goes_into_the_bundle_with_the_place_where_it_runs(run, quick, engines, tmp_path, batch):
     changes = {**EVERYTHING, "precision": ("fp32", "fp16"), "backend": ("tensorrt",), "batch": batch}
-    made = cli._prune_export(run, tmp_path / "b", changes=changes)
+    made = ship_run(run, tmp_path / "b", changes=changes)
     models = made.bundle.manifest.models
     assert set(models) == {"tensorrt-fp32", "tensorrt-fp16"}
     assert models["tensorrt-fp16"].engine.gpu == "Some GPU"
@@ -196,8 +197,8 @@ def test_an_engine_goes_into_the_bundle_with_the_place_where_it_runs(run, quick,
     assert not list(made.bundle.folder.glob("*.onnx"))
     assert (made.bundle.folder / "model.fp16.plan.json").exists()
     target = open_file(str(made.bundle.folder))
-    recipe, _, _ = cli._open_run(run)
-    top1 = evaluate_target(target, cli._loaders_of(recipe.data), image_size=8).top1
+    recipe, _, _ = open_run(run)
+    top1 = evaluate_target(target, loaders_of(recipe.data), image_size=8).top1
     assert top1 == pytest.approx(models["tensorrt-fp32"].accuracy), "in batches larger than the engine takes"
 
 
@@ -206,7 +207,7 @@ def test_the_recipes_engine_options_reach_the_builder(run, quick, engines, tmp_p
         "backend": ("tensorrt",), "engine_workspace_mib": 3, "engine_optimization": 5, "engine_tf32": True,
         "engine_version_compatible": True, "engine_hardware_compatible": "ampere-plus",
     }  # fmt: skip
-    cli._prune_export(run, tmp_path / "b", changes=changes)
+    ship_run(run, tmp_path / "b", changes=changes)
     (options,) = engines
     assert (options.workspace_bytes, options.optimization_level, options.tf32) == (3 << 20, 5, True)
     assert (options.version_compatible, options.hardware_compatible) == (True, "ampere-plus")
@@ -219,7 +220,7 @@ def test_an_engine_that_is_off_says_that_its_file_was_not(run, quick, engines, t
     with pytest.raises(
         ParityError, match=r"^tensorrt-fp32: .*; the ONNX file that it was built from was not too far off"
     ):
-        cli._prune_export(run, tmp_path / "b", changes={"backend": ("tensorrt",)})
+        ship_run(run, tmp_path / "b", changes={"backend": ("tensorrt",)})
 
 
 def test_versions_are_of_what_is_installed_under_whatever_name(monkeypatch):
@@ -241,7 +242,7 @@ def test_weights_too_many_for_one_file_lie_beside_the_model_and_are_hashed(run, 
     from mcdeploy.backends import onnx as exporter
 
     monkeypatch.setattr(exporter, "MAX_INLINE_BYTES", 1000)
-    made = cli._prune_export(run, tmp_path / "b").bundle
+    made = ship_run(run, tmp_path / "b").bundle
     assert made.manifest.files["model.onnx.data"].bytes > 1000
     assert onnx.load(made.model_path, load_external_data=False).graph.initializer[0].external_data
     with OnnxRunner(made.model_path) as runner:
@@ -262,5 +263,5 @@ def test_a_bundle_is_served_without_torch(shipped):
 def test_the_licence_of_timms_weights_goes_into_the_manifest_and_only_theirs():
     from mcdeploy.recipe import ModelConfig
 
-    assert cli._licence_of(ModelConfig(backbone="resnet50", pretrained=True)) == "apache-2.0"
-    assert cli._licence_of(ModelConfig(backbone="resnet50")) is None
+    assert licence_of(ModelConfig(backbone="resnet50", pretrained=True)) == "apache-2.0"
+    assert licence_of(ModelConfig(backbone="resnet50")) is None

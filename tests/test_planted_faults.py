@@ -15,9 +15,10 @@ import torch
 from onnx import helper, numpy_helper
 from runs import reuse_compiled, short_recipe
 
-from mcdeploy import cli, forms, package
+from mcdeploy import forms, package
 from mcdeploy.backends import onnx as exporter
 from mcdeploy.errors import BackendError, BundleError, ParityError
+from mcdeploy.runs import ship_run, train_run
 
 CHANGES = {"precision": ("fp32", "fp16", "int8"), "batch": (1, 2, 8), "calibration_images": 32}
 
@@ -25,14 +26,14 @@ CHANGES = {"precision": ("fp32", "fp16", "int8"), "batch": (1, 2, 8), "calibrati
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     run = tmp_path_factory.mktemp("faults") / "run"
-    cli._train(short_recipe(export={"min_agreement": 0.9, "max_accuracy_drop": 0.2}), run, resume=False)
+    train_run(short_recipe(export={"min_agreement": 0.9, "max_accuracy_drop": 0.2}), run, resume=False)
     return run
 
 
 @pytest.fixture(scope="module")
 def sound(run):
     """The export in which nothing is planted."""
-    return cli._prune_export(run, run / "bundle", changes=CHANGES)
+    return ship_run(run, run / "bundle", changes=CHANGES)
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def export(run, tmp_path, *precisions):
     """Nothing may be left of a failed export but the table of what was compared."""
     changes = CHANGES if not precisions else {**CHANGES, "precision": precisions}
     try:
-        return cli._prune_export(run, tmp_path / "bundle", changes=changes)
+        return ship_run(run, tmp_path / "bundle", changes=changes)
     finally:
         assert {path.name for path in tmp_path.iterdir()} <= {f"bundle{package.DEPARTURE}"}
 

@@ -36,14 +36,14 @@ from pathlib import Path
 import torch
 
 import mcdeploy
-from mcdeploy.cli import _train
+from mcdeploy.runs import train_run
 from mcdeploy.compile.certify import scramble
 from mcdeploy.recipe import load_recipe
 from mcruntime.engine import OnnxRunner
 
 assert Path(mcdeploy.__file__).is_relative_to(Path.cwd())
 recipe = load_recipe(Path("toy.yaml"))
-result, loaders = _train(recipe, Path("run"), resume=False)
+result, loaders = train_run(recipe, Path("run"), resume=False)
 reads = [[node.index for node in row] for row in result.topology.stages[0].reads]
 assert reads == [[0], [0, 1], [0, 2], [0, 3]], reads
 scramble(result.model)

@@ -5,9 +5,9 @@ import os
 import sys
 from pathlib import Path
 
-from mcdeploy.cli import _train
 from mcdeploy.connectivity.maskconnect import MaskEdges
 from mcdeploy.recipe import load_recipe
+from mcdeploy.runs import train_run
 
 drawn: list[list[float]] = []
 draw = MaskEdges.draw
@@ -20,7 +20,7 @@ def remember(edges, generator):
 
 MaskEdges.draw = remember
 out = Path(sys.argv[2])
-_train(load_recipe(Path(sys.argv[1])), out, resume=False)
+train_run(load_recipe(Path(sys.argv[1])), out, resume=False)
 stages = 3
 (out / f"masks{os.environ['RANK']}.json").write_text(
     json.dumps([drawn[i : i + stages] for i in range(0, len(drawn), stages)])
