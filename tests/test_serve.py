@@ -858,7 +858,7 @@ def test_sigterm_answers_the_request_in_flight_refuses_new_ones_and_exits_with_0
 
         host, port = server.url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=10) as slow:
-            head = f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\nExpect: 100-continue\r\n\r\n"
+            head = f"POST {INFER} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\nExpect: 100-continue\r\n\r\n"
             slow.sendall(head.encode() + body[:-1])
             assert slow.recv(65536).startswith(b"HTTP/1.1 100 ")  # the server reads the body: the request is in flight
             server.process.send_signal(signal.SIGTERM)
@@ -883,7 +883,7 @@ def test_a_client_that_is_still_sending_does_not_hold_up_the_end(tmp_path):
     with Process(write_bundle(tmp_path / "b")) as server:
         host, port = server.url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=10) as slow:
-            slow.sendall(f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{{".encode())
+            slow.sendall(f"POST {INFER} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n{{".encode())
             with httpx.Client(base_url=server.url) as client:
                 assert client.get("/v2/health/live").status_code == 200
             server.process.send_signal(signal.SIGTERM)

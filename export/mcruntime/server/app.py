@@ -19,7 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
 
 from mcruntime.cgroup import available_threads
-from mcruntime.server.auth import Keys
+from mcruntime.server.auth import WRONG_HOST, Hosts, Keys
 from mcruntime.server.batcher import Answer
 from mcruntime.server.body import Budget, Lease, read_body
 from mcruntime.server.config import model_config
@@ -66,6 +66,7 @@ class App:
         grpc_in_flight: gRPC calls to infer or load that have no answer yet; counted by grpc's threads under their lock.
         answered: HTTP answers by status; ``HUNG_UP``: the client was gone before its answer.
         grpc_answered: the same of gRPC, in HTTP's statuses.
+        hosts: the names that the server may be asked by; None: any.
         is_locked: whether an API key is asked for.
         lanes: by path, of models that answered: no pattern is tried for them again, and their requests may be taken
             before they reach this application. Bounded.
@@ -95,6 +96,7 @@ class App:
         self.mirror: Callable[[Model, Images, Answer], None] | None = None
         self.is_locked = keys is not None
         self.keys, self.control = keys, control
+        self.hosts: Hosts | None = None
         self.connections: Callable[[], int] | None = None  # open ones, if the server can tell
         self._observers, self._refusals = list(observers), list(refusals)
         self.budget = Budget(options.max_inflight_bytes)
@@ -182,6 +184,8 @@ class App:
         return as_error(str(told), told.status, headers)
 
     async def _handle(self, request: Request) -> Response:
+        if self.hosts is not None and not self.hosts.allow(request.headers.get(b"host")):
+            return as_error(WRONG_HOST, 421)
         lane = self.lanes.get(request.path)
         if lane is not None:
             route, args = self._infer_route, lane.args

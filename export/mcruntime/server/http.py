@@ -11,7 +11,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from http import HTTPStatus
+from itertools import chain
 from typing import Any
 from urllib.parse import unquote
 
@@ -278,7 +280,7 @@ class HttpProtocol(HttpToolsProtocol):
             self._reject(*self._too_large())
         # Counted only if what was read is that much; mostly it is the body that makes it so.
         was_much = self._head_bytes + self._chunk_bytes > limits.header_bytes
-        if was_much and sum(len(name) + len(value) for name, value in self.headers) > limits.header_bytes:
+        if was_much and sum(map(len, chain.from_iterable(self.headers))) > limits.header_bytes:
             self._reject(*self._too_large())
         if len(self.pipeline) >= limits.pipelined:
             self._reject(503, "too many requests at once on one connection; wait for their answers")
@@ -556,13 +558,17 @@ class HttpProtocol(HttpToolsProtocol):
 
 
 def _as_bytes(response: Response, request: Request, defaults: Iterable[tuple[bytes, bytes]]) -> bytes:
-    extra = "".join([f"{name}: {value}\r\n" for name, value in response.headers])
+    extra = "".join([f"{name}: {value}\r\n" for name, value in response.headers]) if response.headers else ""
     own = (
         f"content-type: {response.content_type}\r\nx-request-id: {request.id}\r\n"
         f"content-length: {len(response.body)}\r\n{extra}\r\n"
     )
-    shared = b"".join([b"%b: %b\r\n" % header for header in defaults])
-    return b"".join([STATUS_LINE[response.status], shared, own.encode("latin-1"), response.body])
+    return b"".join([STATUS_LINE[response.status], _joined(tuple(defaults)), own.encode("latin-1"), response.body])
+
+
+@lru_cache(2)  # uvicorn writes the date once a second
+def _joined(headers: tuple[tuple[bytes, bytes], ...]) -> bytes:
+    return b"".join([b"%b: %b\r\n" % header for header in headers])
 
 
 class Flow(FlowControl):

@@ -60,6 +60,8 @@ class Lane:
         app = self.app
         if app.draining or b"content-encoding" in headers or len(body) > app.options.max_body_bytes:
             return None
+        if app.hosts is not None and not app.hosts.allow(headers.get(b"host")):
+            return None
         if app.keys is not None and not app.keys.allow(headers):
             return None
         call = Call(self, headers, visit)

@@ -27,7 +27,7 @@ from mcruntime.preprocess import Preprocessing
 from mcruntime.server.batcher import Answer, Batcher, Closed, Outcome, Ran, Ticket
 from mcruntime.server.errors import NotFoundError, OverloadedError, RequestError, UnavailableError
 from mcruntime.server.statistics import Statistics
-from mcruntime.server.tensors import Images, Logits, ModelSpec
+from mcruntime.server.tensors import Images, Logits, ModelSpec, all_finite
 
 UNLOADED = "unloaded"  # why a version is not there: a client said so
 LARGEST_PIXEL = 1e4  # of a normalised image, by far; a model that overflows below it is at fault itself
@@ -143,7 +143,7 @@ class Model:
         Raises:
             ParityError: NaN or infinite, to numbers as images have them.
         """
-        if not np.isfinite(answer.logits).all() and float(np.abs(images).max()) <= LARGEST_PIXEL:
+        if not all_finite(answer.logits) and float(np.abs(images).max()) <= LARGEST_PIXEL:
             raise ParityError(f"{self.spec.name}: an answer is NaN or infinite; export the model again")
 
     def close(self) -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -29,22 +30,28 @@ DATATYPES = {
 ALIGNMENT = 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ModelSpec:
-    """What the protocol needs to know of one version of a model."""
+    """What the protocol needs to know of one version of a model; one object for each, by which things are remembered.
+
+    Attributes:
+        shape: C, H, W.
+        image_bytes: of one image as it is sent.
+        max_batch_size: images in one request.
+    """
 
     name: str
     input_name: str
-    shape: tuple[int, int, int]  # C, H, W
+    shape: tuple[int, int, int]
     output_name: str
     num_classes: int
-    max_batch_size: int  # images in one request
+    max_batch_size: int
     version: str = "1"
-    labels: tuple[str, ...] = field(default=(), hash=False)  # a thousand: a hash is wanted for every request
+    labels: tuple[str, ...] = ()
     platform: str = "onnxruntime_onnx"
     backend: str = "onnxruntime"
 
-    @property
+    @cached_property
     def image_bytes(self) -> int:
         return 4 * math.prod(self.shape)
 
@@ -111,13 +118,18 @@ def images_from_bytes(data: bytes | memoryview, batch: int, spec: ModelSpec) -> 
     return check_finite(flat, spec).reshape(batch, *spec.shape)
 
 
+def all_finite(numbers: NDArray[np.float32]) -> bool:
+    """Whether there is no NaN and no infinity."""
+    return bool(np.logical_and.reduce(np.isfinite(numbers), axis=None))  # all() takes a way through Python
+
+
 def check_finite(images: Images, spec: ModelSpec) -> Images:
     """Refuse NaN and infinity.
 
     Raises:
         RequestError: 400.
     """
-    if not np.isfinite(images).all():
+    if not all_finite(images):
         raise RequestError(f"input '{spec.input_name}' for model '{spec.name}' holds NaN or infinite values")
     return images
 
@@ -128,7 +140,7 @@ def check_answer(logits: Logits, spec: ModelSpec) -> None:
     Raises:
         RequestError: 400.
     """
-    if not np.isfinite(logits).all():
+    if not all_finite(logits):
         raise RequestError(
             f"the answer of '{spec.name}' is NaN or infinite, since numbers of its input are far too large"
         )
