@@ -1,7 +1,8 @@
 """Train: one visible loop. A learned wiring passes through two phases: joint (weights and gates), then gates frozen.
 
 Everything random in an epoch depends only on (seed, epoch), and the gates' draws only on (seed, step): a run that was
-killed and resumed repeats the losses of one that was not, bit for bit on the same machine.
+killed and resumed repeats the losses of one that was not, bit for bit on the same CPU. A GPU's fastest kernels add up
+in an order of their own each time, so there two runs of one seed drift apart unless torch is told to be deterministic.
 """
 
 from __future__ import annotations
@@ -102,12 +103,13 @@ def train(
     is_main = accelerator.is_main_process
     _check_shares(config, accelerator.num_processes)
     speak = say if is_main else (lambda _: None)
-    if teacher is not None:
-        teacher = teacher.eval().to(accelerator.device)
-    model.to(accelerator.device)
-    if config.channels_last:
-        model.to(memory_format=torch.channels_last)
-    ema = ModelEmaV3(model, decay=config.ema_decay) if config.ema_decay else None
+    with _out_of_memory(config):
+        if teacher is not None:
+            teacher = teacher.eval().to(accelerator.device)
+        model.to(accelerator.device)
+        if config.channels_last:
+            model.to(memory_format=torch.channels_last)
+        ema = ModelEmaV3(model, decay=config.ema_decay) if config.ema_decay else None
     train_loader, val_loader = accelerator.prepare(loaders.train, loaders.val)
     steps_per_epoch = len(train_loader)
     mixup = build_mixup(data, len(loaders.classes), config.label_smoothing)

@@ -10,8 +10,7 @@
     bench   mcdeploy bench: dense against pruned in PyTorch on CUDA, eager and compiled, with the dense net twice (A/A)
     serve   mcdeploy serve --provider cuda under load; needs wrk
 
-Parts end early when the time is up, and say what they left out. Nothing of the card's settings is changed. Training
-of whole recipes: ``tests/gpu_training.py``.
+Parts end early when the time is up, and say what they left out. Nothing of the card's settings is changed.
 """
 
 from __future__ import annotations

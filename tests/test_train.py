@@ -159,11 +159,15 @@ def test_nan_and_infinity_are_named_with_their_step(tmp_path, bad):
         _stop_if_not_finite([1.0, 2.0, bad], [0.1, 0.1, 0.1], 0, 10, tmp_path)
 
 
-def test_a_full_gpu_is_one_sentence_that_names_the_batch_sizes(tmp_path, monkeypatch):
+@pytest.mark.parametrize("where", ["moving the model", "evaluating"])
+def test_a_full_gpu_is_one_sentence_that_names_the_batch_sizes(tmp_path, monkeypatch, where):
     def full(*given):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB. GPU 0 has 79 GiB.\nMore words.")
 
-    monkeypatch.setattr(train_module, "_evaluate", full)
+    if where == "evaluating":
+        monkeypatch.setattr(train_module, "_evaluate", full)
+    else:
+        monkeypatch.setattr(torch.nn.Module, "to", full)
     with pytest.raises(TrainingError, match=r"\(CUDA out of memory\); lower train\.batch_size \(32\)") as caught:
         train_run(short_recipe(train={"epochs": 2}), tmp_path, resume=False)
     assert "\n" not in str(caught.value)

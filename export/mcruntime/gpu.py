@@ -1,6 +1,7 @@
 """What the GPU side of this machine has: the device, TensorRT, and whether the installed packages fit together.
 
-Written against the published names of TensorRT, cuda-python and NVML; it has never run on a GPU.
+Written against the published names of TensorRT, cuda-python and NVML. ``describe_device`` ran on an H100, the rest
+never on a GPU.
 """
 
 from __future__ import annotations

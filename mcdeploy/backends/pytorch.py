@@ -1,7 +1,7 @@
 """A plain PyTorch module behind the runner interface: what everything else is compared with.
 
-The CUDA path is written from the documentation and has never run on a GPU; ``tests/test_pytorch_runner.py`` holds the
-test that does, marked ``gpu``.
+``tests/test_cuda.py`` and a test in ``tests/test_pytorch_runner.py``, marked ``gpu``, hold CUDA's answers against the
+CPU's.
 """
 
 # B = batch, C = channels, H/W = height/width, N = classes.
