@@ -12,19 +12,21 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 PATIENCE_S = 1.0  # for loading to end in good order once it shall
+LAST_LINE_S = 0.1  # for the log's thread to write that it did not
 STOPS = (signal.SIGINT, signal.SIGTERM)
 HANG_UP = getattr(signal, "SIGHUP", None)
 logger = logging.getLogger("mcruntime.server")
 
 
 class Stopped(BaseException):
-    """SIGTERM came before the server listened: nothing was accepted, so nothing is lost."""
+    """SIGTERM came before the server listened: nothing was accepted, so nothing is lost. Ends ``Signals``' block."""
 
 
 class Signals:
@@ -58,10 +60,13 @@ class Signals:
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    ) -> bool:
         if self._is_main:
             self._loaded()
             self._restore()
+        if kind is Stopped:
+            logger.info("stopped before anything was served")
+        return kind is Stopped
 
     @contextmanager
     def serving(self, stop: Callable[[int, FrameType | None], None]) -> Iterator[None]:
@@ -101,7 +106,7 @@ class Signals:
         """In a thread of its own: told by the system of every signal at once, whatever the main thread is doing."""
         with told:
             while number := told.recv(1):
-                if number[0] == signal.SIGTERM:
-                    logger.info("stopping before anything was served")
-                    if not self._is_over.wait(PATIENCE_S):
-                        os._exit(0)
+                if number[0] == signal.SIGTERM and not self._is_over.wait(PATIENCE_S):
+                    logger.info("stopped while a library was loading")
+                    time.sleep(LAST_LINE_S)
+                    os._exit(0)
