@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import json
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
+import threading
 import zipfile
 from pathlib import Path
 
@@ -16,17 +19,24 @@ import mcruntime.deploy.docker as docker_module
 import numpy as np
 import onnx
 import pytest
+import yaml
+from certificates import make_certificate
 from google.protobuf import text_format
 from hypothesis import given
 from hypothesis import strategies as st
+from live_server import live
 from mcruntime.bundle import load_bundle, seal
 from mcruntime.deploy import LIST
 from mcruntime.deploy.docker import EXTRAS, TEMPLATES, build_wheel, check_wheel, find_checkout, package_docker
 from mcruntime.deploy.triton import DEFAULT_MAX_BATCH, DEFAULT_PREFERRED, package_triton, quote
 from mcruntime.errors import BundleError, InputError, McdeployError
 from mcruntime.manifest import Engine, Latency
+from mcruntime.server import probe
 from mcruntime.server.__main__ import main as server_main
 from mcruntime.server.__main__ import make_parser
+from mcruntime.server.auth import Keys
+from mcruntime.server.http import http_protocol
+from mcruntime.server.options import ServerOptions
 from tiny_onnx import expected_logits, some_images, tiny_file, tiny_manifest, write_bundle, write_model
 from tritonclient.grpc import model_config_pb2
 
@@ -342,7 +352,7 @@ def test_a_package_that_fails_halfway_leaves_the_old_one_as_it_was(folder, tmp_p
 # ------------------------------------------------------------------------------------------------------------- docker
 
 
-def write_wheel(path, *, name="mcdeploy", schema=2, extras=("serve", "grpc", "cpu", "sign")):
+def write_wheel(path, *, name="mcdeploy", schema=2, extras=("serve", "grpc", "cpu", "sign"), is_new=True):
     """A file with all that ``check_wheel`` looks for; only pip would find out that it installs nothing."""
     about = f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.1.0\n"
     about += "".join(f"Provides-Extra: {extra}\n" for extra in extras)
@@ -350,6 +360,8 @@ def write_wheel(path, *, name="mcdeploy", schema=2, extras=("serve", "grpc", "cp
         archive.writestr("mcdeploy-0.1.0.dist-info/METADATA", about)
         archive.writestr("mcruntime/manifest.py", f"SCHEMA_VERSION = {schema}\n")
         archive.writestr("mcruntime/server/__main__.py", "")
+        if is_new:
+            archive.writestr("mcruntime/server/probe.py", "")
     return path
 
 
@@ -438,42 +450,87 @@ def test_the_image_exposes_the_ports_that_the_server_listens_on(image, name):
     values = vars(make_parser().parse_args(json.loads(steps["ENTRYPOINT"])[3:]))
     assert (values["host"], values["provider"]) == ("0.0.0.0", "cuda" if name == "Dockerfile.cuda" else "cpu")
     assert steps["EXPOSE"].split() == [str(values["port"]), str(values["grpc_port"])]
-    assert f"//127.0.0.1:{values['port']}/v2/health/ready" in steps["HEALTHCHECK"]
+    assert health_check(image / name)[-1] == str(values["port"])
+
+
+def test_connections_idle_longer_than_load_balancers_keep_them_wherever_it_is_said():
+    """A server that hangs up first makes a load balancer answer 502 to a request that was on its way."""
+    usual = http_protocol(ServerOptions(), print, {}).limits.idle_s
+    assert usual == ServerOptions().keep_alive_s > 60, "nginx and AWS keep idle connections for 60 s"
+    assert http_protocol(ServerOptions(keep_alive_s=9.0), print, {}).limits.idle_s == 9.0
+    templates = ROOT / "export/mcruntime/deploy/templates"
+    entries = [json.loads(dict(instructions(templates / name))["ENTRYPOINT"])[3:] for name in DOCKERFILES]
+    (container,) = yaml.safe_load((templates / "kserve_runtime.yaml").read_text())["spec"]["containers"]
+    for arguments in (*entries, container["args"]):
+        assert make_parser().parse_args(arguments).keep_alive_s == usual
+    said = re.findall(r"[Ii]dle connections stay for (\d+) s", (ROOT / "DECISIONS.md").read_text())
+    assert [float(seconds) for seconds in said] == [usual]
+
+
+def health_check(dockerfile):
+    """The command of the HEALTHCHECK, and what docker is told about it, in seconds."""
+    (check,) = [rest for kind, rest in instructions(dockerfile) if kind == "HEALTHCHECK"]
+    return json.loads(check[check.index("CMD ") + 4 :])
 
 
 @pytest.mark.parametrize("name", DOCKERFILES)
-def test_the_health_check_tells_a_ready_server_from_none(image, name, tmp_path):
-    """The very command of the Dockerfile, with this Python and a port of ours."""
-    import threading
-    from http.server import BaseHTTPRequestHandler, HTTPServer
-
-    class Probe(BaseHTTPRequestHandler):
-        status = 200
-
-        def do_GET(self):
-            assert self.path == "/v2/health/ready"
-            self.send_response(Probe.status)
-            self.end_headers()
-
-        def log_message(self, *_):
-            pass
-
+def test_the_health_check_is_the_servers_own_and_done_before_docker_gives_up_on_it(image, name):
+    program, flag, module, _ = health_check(image / name)
+    assert (program, flag, module) == ("/opt/mcdeploy/bin/python", "-m", "mcruntime.server.probe")
     (check,) = [rest for kind, rest in instructions(image / name) if kind == "HEALTHCHECK"]
-    program, flag, code = json.loads(check[check.index("CMD ") + 4 :])
-    assert (program, flag) == ("/opt/mcdeploy/bin/python", "-c")
-    with HTTPServer(("127.0.0.1", 0), Probe) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        code = code.replace(":8000", f":{server.server_port}")
-        environment = {**os.environ, "http_proxy": "http://127.0.0.1:1"}
+    assert float(re.search(r"--timeout=(\d+)s", check)[1]) > 2 * probe.TIMEOUT_S
 
-        def probe():
-            return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=False)
 
-        assert probe().returncode == 0
-        Probe.status = 503
-        assert probe().returncode == 1
-        server.shutdown()
-    assert probe().returncode == 1
+def run_check(image, port, **environment):
+    """The very command of the Dockerfile, with this Python and a port of ours: its exit code, and what it printed."""
+    command = [sys.executable, *health_check(image / "Dockerfile.cpu")[1:-1], str(port)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "export"), "http_proxy": "http://127.0.0.1:1", **environment}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=20)
+    assert done.stderr == ""
+    return done.returncode, done.stdout.strip()
+
+
+@pytest.mark.parametrize("kind", ["plain", "keys", "tls", "tls and keys"])
+def test_the_health_check_tells_a_ready_server_from_one_that_stops_and_from_none(image, kind, tmp_path, caplog):
+    options, keys = {}, None
+    if "tls" in kind:
+        cert, key = make_certificate(tmp_path, "elsewhere.example")
+        options = {"tls_cert": cert, "tls_key": key}
+    if "keys" in kind:
+        (tmp_path / "keys").write_text("k" * 32)
+        keys = Keys(tmp_path / "keys")
+    with live(keys=keys, **options) as server:
+        assert run_check(image, server.port) == (0, "ready")
+        server.app.draining = True
+        assert run_check(image, server.port) == (1, "not ready")
+        server.app.draining = False
+    assert run_check(image, server.port)[0] == 1
+    assert caplog.messages == [], "the check itself fills the log"
+
+
+def test_a_server_that_wants_a_certificate_of_its_clients_is_healthy_while_it_asks_for_one(image, tmp_path):
+    cert, key = make_certificate(tmp_path, "server")
+    with live(tls_cert=cert, tls_key=key, tls_client_ca=cert) as server:
+        assert run_check(image, server.port) == (0, "ready")
+        assert not server.app.answered, "and answers nothing"
+    assert run_check(image, server.port)[0] == 1
+
+
+def test_the_health_check_is_not_fooled_by_what_is_no_server_of_ours(image):
+    for answer in (b"", b"SSH-2.0-x\r\n", b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+
+            def answer_all(listener=listener, answer=answer):
+                with contextlib.suppress(OSError):
+                    while True:
+                        with listener.accept()[0] as client:
+                            client.recv(1000)
+                            client.sendall(answer)
+
+            threading.Thread(target=answer_all, daemon=True).start()
+            assert run_check(image, listener.getsockname()[1])[0] == 1
+            listener.shutdown(socket.SHUT_RDWR)
+    assert probe.main([]) == probe.main(["x"]) == probe.main(["70000"]) == 1
 
 
 def test_the_folder_holds_the_bundle_whole_and_signed(folder, tmp_path, wheel):
@@ -515,7 +572,8 @@ def test_an_engine_is_not_put_into_an_image(tmp_path, wheel):
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
-    [({"name": "other"}, "is no wheel of mcdeploy"), ({"schema": 1}, "reads bundles of schema 1"),
+    [({"name": "other"}, "is no wheel of mcdeploy"), ({"is_new": False}, "is no wheel of mcdeploy"),
+     ({"schema": 1}, "reads bundles of schema 1"),
      ({"extras": ("serve", "cpu")}, "has no extra grpc, sign")],
 )  # fmt: skip
 def test_a_wheel_that_does_not_fit_is_refused(folder, tmp_path, change, sentence):

@@ -24,6 +24,7 @@ from mcruntime.manifest import SCHEMA_VERSION
 
 TEMPLATES = {"Dockerfile.cpu": "Dockerfile.cpu", "Dockerfile.cuda": "Dockerfile.cuda", "dockerignore": ".dockerignore"}
 EXTRAS = {"serve", "grpc", "cpu", "sign"}  # what the Dockerfiles install
+NEEDED = ("mcruntime/server/__main__.py", "mcruntime/server/probe.py")  # what they run
 ENTRY = '"/srv/bundle"'  # the server's argument in both Dockerfiles
 NOT_RUN = "docker was not run here: the images are unbuilt, so build and try them before you rely on them"
 
@@ -118,11 +119,7 @@ def check_wheel(path: Path) -> None:
     except (OSError, zipfile.BadZipFile, StopIteration, KeyError, UnicodeDecodeError):
         raise InputError(f"{path}: is no wheel of mcdeploy; 'pip wheel --no-deps CHECKOUT' makes one") from None
     missing = EXTRAS - set(metadata.get_all("Provides-Extra") or [])
-    if (
-        metadata["Name"] != "mcdeploy"
-        or not path.match("mcdeploy-*.whl")
-        or "mcruntime/server/__main__.py" not in names
-    ):
+    if metadata["Name"] != "mcdeploy" or not path.match("mcdeploy-*.whl") or not set(NEEDED) <= set(names):
         raise InputError(f"{path}: is no wheel of mcdeploy; 'pip wheel --no-deps CHECKOUT' makes one")
     if missing:
         raise InputError(f"{path}: has no extra {', '.join(sorted(missing))}; build the wheel of a newer mcdeploy")
