@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import io
 import json
 import logging
 import re
 import threading
 import warnings
+import weakref
 
 import pytest
 from live_server import until
@@ -310,6 +312,44 @@ def test_a_log_that_nobody_reads_holds_nobody_up_and_says_what_it_lost(monkeypat
     assert lost > 30
     assert lost + len(lines) == 51
     assert "the next one" in lines[-1]
+
+
+def test_what_is_lost_is_told_once_and_by_the_first_line_that_fits(monkeypatch):
+    monkeypatch.setattr("mcruntime.server.logs.MAX_WAITING", 2)
+    box = logs.Mailbox()
+    record = lambda number: logging.makeLogRecord({"msg": f"line {number}", "fields": {"n": number}})  # noqa: E731
+    for number in range(7):
+        box.emit(record(number))
+    assert box.lost == 5
+    taken = [box.queue.get_nowait(), box.queue.get_nowait()]
+    box.emit(record(7))
+    box.emit(record(8))
+    taken += [box.queue.get_nowait(), box.queue.get_nowait()]
+    assert [one.fields for one in taken] == [{"n": 0}, {"n": 1}, {"n": 7, "lines_lost": 5}, {"n": 8}]
+    assert box.lost == 0
+
+
+def test_a_line_that_waits_holds_neither_the_error_nor_what_its_frames_held():
+    class Body(bytearray):
+        """Stands for a request's, of which a weak reference can be kept."""
+
+    stream, seen = Stuck(), []
+    with to_stderr(ServerOptions(), stream):
+        logging.getLogger("mcruntime.server").info("keeps the log's thread busy")
+
+        def fail():
+            held = Body(b"x" * 1000)
+            seen.append(weakref.ref(held))
+            raise RuntimeError(f"with {len(held)} bytes")
+
+        try:
+            fail()
+        except RuntimeError:
+            logging.getLogger("mcruntime.server").exception("request abc")
+        gc.collect()
+        assert seen[0]() is None, "a line that nobody has read keeps a request in memory"
+        stream.reader.set()
+    assert "RuntimeError: with 1000 bytes" in stream.getvalue()
 
 
 def test_a_log_that_is_stuck_for_good_does_not_keep_the_server_from_ending(monkeypatch):

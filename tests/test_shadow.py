@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import threading
 import time
 
 import numpy as np
 import pytest
+from mcruntime.bundle import seal
 from mcruntime.errors import InputError
 from mcruntime.preprocess import Preprocessing
 from mcruntime.server import shadow as shadow_module
@@ -16,7 +18,7 @@ from mcruntime.server.loader import parse_target
 from mcruntime.server.options import ServerOptions
 from mcruntime.server.run import open_models
 from mcruntime.server.shadow import Shadow, Shadows, open_shadows, relative_difference
-from tiny_onnx import expected_logits, some_images, write_bundle, write_model
+from tiny_onnx import BIAS, expected_logits, some_images, tiny_manifest, write_bundle, write_model
 from tiny_server import Gate, app_of, call, client_of, constant, finish, infer_request, logits_of, model_of, until
 
 INFER = "/v2/models/tiny/infer"
@@ -198,6 +200,22 @@ def test_a_model_that_was_replaced_by_one_of_another_size_is_not_compared():
     assert (seen["1"].dropped, seen["1"].mirrored) == (1, 0)
 
 
+def test_a_model_that_was_replaced_by_one_with_other_preprocessing_is_not_compared():
+    """The shapes are equal, so the copies would run; they would differ by what was prepared, and not by the nets."""
+    how = Preprocessing(image_size=8, mean=(0.1, 0.5, 0.5), std=(0.5, 0.5, 0.5), interpolation="bicubic", crop_pct=1.0)
+    application, shadow, shadows = shadowed(expected_logits)
+    with application as app:
+        app.mirror = shadows.mirror
+        assert call(app, "POST", INFER, json=infer_request()).status_code == 200
+        before = app.models.add(model_of(how=how))
+        for _ in range(2):
+            assert call(app, "POST", INFER, json=infer_request()).status_code == 200
+        before.close()
+        finish(shadows)
+    found = shadow.snapshot()["1"]
+    assert (found.mirrored, found.images, found.dropped) == (1, 1, 2)
+
+
 def test_an_image_is_copied_as_the_model_read_it():
     import io
 
@@ -261,6 +279,69 @@ def test_what_cannot_be_compared_is_refused_at_the_start(tmp_path):
     named = write_bundle(tmp_path / "named", "named", labels=("a", "b", "c", "d"))
     with pytest.raises(InputError, match="other names"):
         opened(tmp_path, f"tiny={named}")
+
+
+def changed(folder, shift):
+    """Another bundle at the same place, whose classes answer so much more."""
+    write_model(folder / "model.onnx", bias=BIAS + np.float32(shift))
+    images = some_images(3)
+    np.savez(folder / "selftest.npz", images=images, logits=expected_logits(images) + np.float32(shift))
+    (folder / "manifest.json").unlink()
+    seal(folder, tiny_manifest(seeds={"train": int(10 * shift)}))
+
+
+def test_a_shadow_is_read_again_when_its_files_have_changed_and_counts_anew(tmp_path, caplog):
+    caplog.set_level("INFO")
+    options = ServerOptions(max_batch=2)
+    models = open_models([parse_target(f"tiny={write_bundle(tmp_path / 'served')}")], options)
+    folder = write_bundle(tmp_path / "new", seeds={"train": 7})
+    twin = write_bundle(tmp_path / "twin", seeds={"train": 8})
+    shadows = open_shadows([f"tiny={folder}", f"tiny={twin}"], models, options)
+    first, second = shadows.all
+    one = some_images(1)
+    first.offer("1", one, expected_logits(one))
+    asyncio.run(shadows.reload(models))
+    assert shadows.all == [first, second], "nothing has changed"
+
+    changed(folder, 1.0)
+    asyncio.run(shadows.reload(models))
+    fresh = shadows.all[0]
+    assert fresh is not first
+    assert fresh.id != first.id
+    assert shadows.all[1] is second
+    assert (fresh.name, fresh.version, fresh.snapshot()) == ("tiny", "", {})
+    assert fresh.model.about["threads"] == 1
+    first.offer("1", one, expected_logits(one))  # a copy that was on its way
+    assert first.snapshot()["1"].dropped == 1, "the old engine is gone"
+    fresh.offer("1", one, expected_logits(one) + 1)
+
+    refused = {
+        "shadows 'tiny' already": lambda: (shutil.rmtree(folder), shutil.copytree(twin, folder)),
+        "takes images": lambda: (shutil.rmtree(folder), write_bundle(folder, size=16)),
+        "no manifest.json": lambda: (folder / "manifest.json").unlink(),
+        "cannot be read": lambda: (shutil.rmtree(folder), shutil.copytree(twin, folder), spoil(folder)),
+    }
+    for number, (words, act) in enumerate(refused.items(), 1):
+        act()
+        asyncio.run(shadows.reload(models))
+        assert shadows.all == [fresh, second], words
+        errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+        assert len(errors) == number
+        assert words in errors[-1] or words == "cannot be read"
+        assert "the shadow stays as it was" in errors[-1]
+    finish(shadows)
+    found = fresh.snapshot()["1"]
+    assert (found.mirrored, found.images) == (1, 1)
+    assert found.worst < 1e-6, "it is the changed net that answered"
+    models.close()
+
+
+def spoil(folder):
+    """Change a bit of the model, and the manifest's time, as a deployment that went wrong."""
+    data = bytearray((folder / "model.onnx").read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / "model.onnx").write_bytes(data)
+    (folder / "manifest.json").touch()
 
 
 def test_a_damaged_shadow_stops_the_start(tmp_path):

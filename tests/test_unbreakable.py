@@ -29,12 +29,14 @@ import numpy as np
 import onnx
 import psutil
 import pytest
+from certificates import make_certificate
 from live_server import Live, live, read_answer, rest, statuses, tiny_model, until
 from mcruntime.bundle import load_bundle
 from mcruntime.errors import BundleError, DataError, InputError
 from mcruntime.external import external_files
-from mcruntime.server import metrics, pages
+from mcruntime.server import metrics, pages, wiring
 from mcruntime.server.auth import Keys
+from mcruntime.server.body import UNPACKER
 from mcruntime.server.http import Flow
 from mcruntime.server.loader import find_in, source_of
 from mcruntime.server.options import ServerOptions
@@ -409,6 +411,43 @@ def test_what_fails_after_its_client_hung_up_is_not_a_stack_trace_in_the_log(cap
         assert statuses(server.say(HEALTH + CLOSE + b"\r\n")) == [200]
     assert "Traceback" not in caplog.text
     assert "never retrieved" not in caplog.text
+
+
+def test_a_wiring_that_nobody_waits_for_any_more_keeps_its_place_until_it_is_done(monkeypatch):
+    """Else clients that ask and hang up would pile up work for the one thread that draws."""
+    gate, looked = threading.Event(), []
+
+    class Watcher:
+        def __init__(self, model):
+            pass
+
+        def edges(self, images):
+            looked.append(images.shape)
+            assert gate.wait(10)
+            return {"edges": [], "idle": []}
+
+    monkeypatch.setattr(wiring, "Watcher", Watcher)
+    monkeypatch.setattr(wiring, "read_wiring", lambda model: {"dynamic": [{}]})
+    monkeypatch.setattr(wiring, "MOST_WAITING", 2)
+    question = post("/v2/models/tiny/wiring", encoded("PNG"))
+    with live(routes=lambda app: [wiring.route(app)]) as server:
+        for number in range(4):  # the first is looked at; the others wait, and are forgotten when they hang up
+            client = server.connect()
+            client.sendall(question)
+            until(lambda: len(looked) == 1)
+            until(lambda: server.app.in_flight == 1)
+            client.close()
+            until(lambda: server.app.in_flight == 0)
+            assert number < 4
+        held = server.connect()
+        held.sendall(question)
+        until(lambda: server.app.in_flight == 1)
+        assert "queue" in refused(server.say(question), 503), "the one that nobody waits for holds a place, too"
+        gate.set()
+        assert statuses(rest(held)) == [200]
+        held.close()
+        assert [statuses(server.say(question)) for _ in range(3)] == [[200]] * 3, "all places are free again"
+        assert len(looked) == 5, "who hung up while waiting was not looked at"
 
 
 def test_loading_a_model_goes_on_when_the_client_that_asked_hangs_up(tmp_path):
@@ -930,10 +969,63 @@ def test_what_is_no_whole_packed_stream_is_refused(server, data):
     assert "gzip" in refused(server.say(post("/predict", data, "Content-Encoding: gzip")), 400)
 
 
+def test_what_a_body_unpacks_to_is_counted_and_given_back_whatever_comes_of_it():
+    packed = gzip.compress(bytes(3_000_000), mtime=0)
+    kinds = {
+        400: packed,  # no image
+        413: gzip.compress(bytes(5 * MIB), mtime=0),
+        415: packed,
+    }
+    with live(max_body_bytes=4 * MIB, max_inflight_bytes=16 * MIB) as server:
+        for status, body in kinds.items():
+            encoding = "br" if status == 415 else "gzip"
+            refused(server.say(post("/predict", body, f"Content-Encoding: {encoding}")), status)
+            until(lambda: server.app.budget.used == 0)
+        good = gzip.compress(encoded("PNG"), mtime=0)
+        assert answer_of(server.say(post("/predict", good, "Content-Encoding: gzip")))[0] == 200
+        until(lambda: server.app.budget.used == 0)
+        server.app.budget.used = 14 * MIB  # others hold them; packed it would fit, and unpacked it does not
+        found = server.say(post("/predict", packed, "Content-Encoding: gzip"))
+        assert "too many bytes" in refused(found, 503)
+        until(lambda: server.app.budget.used == 14 * MIB)
+
+
+def test_what_is_unpacked_for_a_client_that_hung_up_is_not_counted_for_ever():
+    gate = threading.Event()
+    with live(max_body_bytes=4 * MIB) as server:
+        UNPACKER.submit(gate.wait, 10)  # somebody else's
+        client = server.connect()
+        client.sendall(post("/predict", gzip.compress(bytes(3_000_000), mtime=0), "Content-Encoding: gzip"))
+        until(lambda: server.app.budget.used > 0)
+        client.close()
+        until(lambda: server.app.budget.used == 0 and server.num_connections() == 0)
+        gate.set()
+        UNPACKER.submit(int).result(10)  # after the one for the client
+        assert server.app.budget.used == 0
+        assert server.app.reading == server.app.in_flight == 0
+        still_answers(server)
+
+
 def test_codings_are_not_nested(server):
     refused(
         server.say(post("/predict", gzip.compress(gzip.compress(b"a"), mtime=0), "Content-Encoding: gzip, gzip")), 415
     )
+
+
+def test_a_file_that_the_browser_has_is_answered_without_a_body_or_a_length_of_its_own():
+    """A length in a 304 is that of the file, or a lie; some clients then wait for so many bytes."""
+    with live(routes=pages.routes) as server, server.connect() as client:
+        client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        status, headers, whole = read_answer(client)
+        assert (status, int(headers[b"content-length"])) == (200, len(whole))
+        client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nIf-None-Match: %b\r\n\r\n" % headers[b"etag"])
+        client.sendall(HEALTH + CLOSE + b"\r\n")
+        found = rest(client)
+        assert statuses(found) == [304, 200]
+        head, _, after = found.partition(b"\r\n\r\n")
+        assert b"content-length" not in head.lower()
+        assert b"transfer-encoding" not in head.lower()
+        assert after.startswith(b"HTTP/1.1 200 "), "nothing is between the two answers"
 
 
 def test_ranges_are_not_computed(server):
@@ -1045,30 +1137,6 @@ def test_what_is_no_protobuf_is_no_model(tmp_path, data):
 
 
 # ------------------------------------------------------------------------------------------------------------------ TLS
-
-
-def make_certificate(folder: Path, name: str, issuer: str = "") -> tuple[Path, Path]:
-    """A certificate for 127.0.0.1, signed by another of the folder or by itself."""
-    key, cert, request = folder / f"{name}.key", folder / f"{name}.pem", folder / f"{name}.csr"
-    run = lambda *arguments: subprocess.run(["openssl", *arguments], check=True, capture_output=True)  # noqa: E731
-    common = [
-        "-newkey",
-        "ec",
-        "-pkeyopt",
-        "ec_paramgen_curve:prime256v1",
-        "-nodes",
-        "-keyout",
-        str(key),
-        "-subj",
-        f"/CN={name}",
-    ]
-    if not issuer:
-        run("req", "-x509", *common, "-out", str(cert), "-days", "2", "-addext", "subjectAltName=IP:127.0.0.1")
-        return cert, key
-    run("req", *common, "-out", str(request))
-    signed_by = ["-CA", str(folder / f"{issuer}.pem"), "-CAkey", str(folder / f"{issuer}.key"), "-CAcreateserial"]
-    run("x509", "-req", "-in", str(request), *signed_by, "-out", str(cert), "-days", "2")
-    return cert, key
 
 
 @pytest.fixture(scope="module")
