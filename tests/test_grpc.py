@@ -36,11 +36,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from live_server import live, rest, tiny_model, until
 from mcruntime.errors import InputError, McdeployError, MissingExtraError
-from mcruntime.server import grpc_server, oip
+from mcruntime.server import grpc_calls, grpc_health, oip
 from mcruntime.server.app import EXTENSIONS, App
 from mcruntime.server.auth import Keys
 from mcruntime.server.config import model_config
-from mcruntime.server.grpc_server import _host_of, start
+from mcruntime.server.grpc_calls import host_of
+from mcruntime.server.grpc_server import start
+from mcruntime.server.grpc_service import Service
+from mcruntime.server.grpc_threads import Threads
 from mcruntime.server.models import Models, Source
 from mcruntime.server.options import ServerOptions
 from tiny_onnx import LABELS, expected_logits, some_images
@@ -466,7 +469,7 @@ def test_requests_that_failed_keep_nothing_until_a_garbage_collection():
         raise McdeployError("no")
 
     def calls_left():
-        return [one for one in gc.get_objects() if type(one) is grpc_server._Call]
+        return [one for one in gc.get_objects() if type(one) is grpc_calls.Call]
 
     with serving(tiny_model(fail)) as (_, client):
         gc.collect()
@@ -503,6 +506,26 @@ def test_requests_of_many_calls_are_put_together_and_each_gets_its_own_answer(ga
             assert answer.id == str(number)
             np.testing.assert_allclose(logits_of(answer), expected_logits(images), rtol=0, atol=1e-6)
         assert gate.batches == [1, sum(map(len, batches[1:]))]
+
+
+def test_a_request_that_is_alone_is_run_in_its_own_thread_and_one_of_several_is_not():
+    names, room = [], threading.Semaphore(1)
+
+    def infer(images):
+        names.append(threading.current_thread().name)
+        with room:
+            return expected_logits(images)
+
+    with serving(tiny_model(infer)) as (server, client):
+        until(lambda: client.call("ModelInfer", infer_request()) and names[-1].startswith("grpc"))
+        slow = {"timeout": {"int64_param": 10_000_000}}
+        client.call("ModelInfer", infer_request(parameters=slow))
+        assert names[-1].startswith("infer")  # its deadline must be kept while it runs
+        with room:
+            calls = [client.method("ModelInfer").future(infer_request()) for _ in range(3)]
+            until(lambda: server.app.in_flight == 3)
+        assert all(call.result(timeout=WAIT_S) for call in calls)
+        assert names[-1].startswith("infer")
 
 
 def test_the_clients_own_deadline_takes_its_request_out_of_the_queue(gate):
@@ -849,6 +872,29 @@ def test_a_cancelled_stream_leaves_nothing_behind(gate):
         assert gate.batches[1] == 3
 
 
+def test_the_thread_that_was_idle_last_takes_the_next_call_and_all_end_after_the_last():
+    threads, both = Threads("test-pool"), threading.Barrier(2)
+    for _ in range(2):
+        pair = [threads.submit(both.wait, WAIT_S) for _ in range(2)]
+        assert sorted(future.result(timeout=WAIT_S) for future in pair) == [0, 1]
+    until(lambda: len(threads._idle) == 2)
+    found = set()
+    for _ in range(20):
+        found.add(threads.submit(threading.get_ident).result(timeout=WAIT_S))
+        until(lambda: len(threads._idle) == 2)
+    assert len(found) == 1
+    with pytest.raises(ZeroDivisionError):
+        threads.submit(divmod, 1, 0).result(timeout=WAIT_S)
+    busy = threading.Event()
+    last = threads.submit(busy.wait, WAIT_S)
+    threads.shutdown()
+    with pytest.raises(RuntimeError):
+        threads.submit(print)
+    busy.set()
+    assert last.result(timeout=WAIT_S)
+    until(lambda: not [one for one in threading.enumerate() if one.name.startswith("test-pool")])
+
+
 class OverContext:
     """A call that ends when it is told to."""
 
@@ -862,7 +908,7 @@ class OverContext:
 
 def test_a_stream_that_ends_while_a_message_arrives_lets_its_thread_go(tiny):
     server, _ = tiny
-    service = grpc_server._Service(server.app, server.server.grpc._bridge)
+    service = Service(server.app, server.server.grpc._bridge)
     context = OverContext()
 
     def requests():
@@ -880,7 +926,7 @@ def test_a_stream_that_ends_while_a_message_arrives_lets_its_thread_go(tiny):
 
 @pytest.fixture
 def impatient(monkeypatch, gate):
-    monkeypatch.setattr(grpc_server, "STREAM_IDLE_S", 0.3, raising=False)
+    monkeypatch.setattr(grpc_calls, "STREAM_IDLE_S", 0.3)
     with serving(tiny_model(gate), body_timeout_s=0.1) as (server, client):
         yield server, client
 
@@ -1158,7 +1204,7 @@ def test_who_watches_health_is_told_of_the_drain_and_let_go():
 
 
 def test_watchers_of_health_are_bounded(monkeypatch):
-    monkeypatch.setattr("mcruntime.server.grpc_server.MAX_WATCHERS", 1)
+    monkeypatch.setattr(grpc_health, "MAX_WATCHERS", 1)
     with serving() as (_, client):
         stub = health_pb2_grpc.HealthStub(client.channel)
         first = stub.Watch(health_pb2.HealthCheckRequest(), timeout=WAIT_S)
@@ -1219,6 +1265,22 @@ def test_a_port_in_use_is_an_error_before_anything_is_loaded(tiny, tmp_path):
         asyncio.run(listen())
 
 
+def test_the_thread_that_waits_for_calls_reads_the_sockets_and_grpc_knows_that_setting():
+    program = (
+        "from mcruntime.server.run import _require_grpc; _require_grpc()\n"
+        "import grpc, os; from concurrent.futures import ThreadPoolExecutor\n"
+        "grpc.server(ThreadPoolExecutor(1)); print(os.environ['GRPC_EXPERIMENTS'])"
+    )
+    path = {"PYTHONPATH": str(Path(mcruntime.server.run.__file__).parents[2])}
+    for given, expected in (
+        ({}, "-event_engine_listener"),
+        ({"GRPC_EXPERIMENTS": "-event_engine_fork"}, "-event_engine_fork,-event_engine_listener"),
+        ({"GRPC_EXPERIMENTS": "event_engine_listener"}, "event_engine_listener"),
+    ):
+        done = subprocess.run([sys.executable, "-c", program], env=path | given, capture_output=True, text=True)
+        assert (done.returncode, done.stdout.strip(), done.stderr) == (0, expected, "")  # one it does not know is told
+
+
 @pytest.mark.parametrize(
     ("module", "package"), [("grpc", "grpcio"), ("grpc_health.v1.health_pb2", "grpcio-health-checking")]
 )
@@ -1252,8 +1314,8 @@ def test_observers_are_told_of_every_call_with_its_model_and_its_times(gate):
 
 
 def test_a_client_is_named_by_its_address_on_either_kind_of_network():
-    assert _host_of("ipv4:127.0.0.1:5000") == "127.0.0.1"
-    assert _host_of("ipv6:%5B::1%5D:5000") == "::1"
+    assert host_of("ipv4:127.0.0.1:5000") == "127.0.0.1"
+    assert host_of("ipv6:%5B::1%5D:5000") == "::1"
 
 
 def test_answers_are_mirrored_to_the_shadow():

@@ -24,6 +24,7 @@ from mcruntime.errors import InputError, McdeployError, MissingExtraError
 from mcruntime.server import logs, metrics, pages
 from mcruntime.server.app import App
 from mcruntime.server.auth import Keys, hosts_of
+from mcruntime.server.grpc_core import read_in_place
 from mcruntime.server.http import SWEEP_S, TLS_HANDSHAKE_S, http_protocol, sweep
 from mcruntime.server.loader import Target, check_unique, describe, find_in, parse_target, source_of
 from mcruntime.server.models import Models, Source
@@ -132,6 +133,7 @@ def open_models(targets: Sequence[Target], options: ServerOptions) -> Models:
 
 
 def _require_grpc() -> None:
+    read_in_place()
     for module, package in GRPC_NEEDED.items():
         try:
             importlib.import_module(module)

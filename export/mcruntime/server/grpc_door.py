@@ -1,0 +1,103 @@
+"""What holds for every gRPC call before its message is read: keys, draining, and how many calls there may be."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import grpc
+
+from mcruntime.server.app import App
+from mcruntime.server.errors import OverloadedError, RequestError, UnavailableError
+from mcruntime.server.grpc_calls import OPEN_TO_ALL, PROBES, WORK, Bridge, Call, fail, headers_of
+
+
+class Door(grpc.GenericRpcHandler):  # type: ignore[misc]
+    """The one door of all methods of all services.
+
+    Args:
+        handlers: by path.
+    """
+
+    def __init__(self, app: App, bridge: Bridge, handlers: Mapping[str, Any]) -> None:
+        self._app = app
+        self._bridge = bridge
+        self._most = app.options.max_connections
+        self._lock = threading.Lock()
+        self._calls: Counter[str] = Counter()  # by connection
+        self._num_calls = 0
+        self._handlers = {
+            path: handler if path in PROBES else self._bounded(path, handler) for path, handler in handlers.items()
+        }
+
+    def service(self, details: Any) -> Any:
+        """What answers a call; None: there is no such method."""
+        path, keys = details.method, self._app.keys
+        if keys is not None and path not in OPEN_TO_ALL and not keys.allow(headers_of(details.invocation_metadata)):
+            return self._refuse(path, RequestError("an API key is needed: authorization: Bearer KEY", 401))
+        if self._app.draining and path in WORK:
+            return self._refuse(path, UnavailableError("the server is shutting down"))
+        return self._handlers.get(path)
+
+    def _bounded(self, path: str, handler: Any) -> Any:
+        """A handler that refuses calls while as many as may be are there."""
+        answer_one, answer_many = handler.stream_unary, handler.stream_stream
+
+        def one(requests: Any, context: Any) -> Any:
+            peer = self._enter(path, context)
+            try:
+                return answer_one(requests, context)
+            finally:
+                self._leave(peer)
+
+        def many(requests: Any, context: Any) -> Iterator[Any]:
+            peer = self._enter(path, context)
+            try:
+                yield from answer_many(requests, context)
+            finally:
+                self._leave(peer)
+
+        if handler.response_streaming:
+            return grpc.stream_stream_rpc_method_handler(many)
+        return grpc.stream_unary_rpc_method_handler(one)
+
+    def _enter(self, path: str, context: Any) -> str:
+        """Count a call; returns its connection.
+
+        Raises:
+            Exception: what grpc raises once the client was told that there are too many.
+        """
+        peer: str = context.peer()
+        if full := self._take(peer):
+            self._bridge.answer(Call(path, context, self._app), partial(fail, OverloadedError(full)))
+        return peer
+
+    def _take(self, peer: str) -> str:
+        """Count a call of a connection, which may have three quarters of all; else, why it was not counted."""
+        with self._lock:
+            if self._num_calls >= self._most:
+                return "the server has as many calls as it takes; try again"
+            if self._calls[peer] >= self._most - self._most // 4:
+                return "this connection has as many calls as one may have; try again"
+            self._calls[peer] += 1
+            self._num_calls += 1
+            return ""
+
+    def _leave(self, peer: str) -> None:
+        with self._lock:
+            self._num_calls -= 1
+            self._calls[peer] -= 1
+            if not self._calls[peer]:
+                del self._calls[peer]
+
+    def _refuse(self, path: str, error: RequestError) -> Any:
+        """A handler that reads nothing; on the wire it fits every kind of method."""
+
+        def refuse(requests: Any, context: Any) -> Iterator[bytes]:
+            self._bridge.answer(Call(path, context, self._app), partial(fail, error))
+            yield b""  # never reached: an error was answered
+
+        return grpc.stream_stream_rpc_method_handler(refuse)
