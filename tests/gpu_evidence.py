@@ -457,9 +457,15 @@ def serve(visit: Visit) -> None:
         ) as server:
             try:
                 assert server.stdout is not None
-                port = next(
-                    (found[1] for line in server.stdout if (found := re.search(r"127\.0\.0\.1:(\d+)", line))), None
-                )
+                said: list[str] = []
+                port = None
+                for line in server.stdout:
+                    said.append(line)
+                    if address := re.search(r"127\.0\.0\.1:(\d+)", line):
+                        port = address[1]
+                        break
+                if port is None:
+                    raise RuntimeError(f"the server did not start: {''.join(said)[-600:]}")
                 url = f"http://127.0.0.1:{port}/v2/models/{name}"
                 tensor = httpx.get(url).json()["inputs"][0]["name"]
                 image = images[:1]
