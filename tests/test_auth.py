@@ -141,7 +141,7 @@ def started(*arguments):
             yield next(int(line.rsplit(":", 1)[1]) for line in process.stdout if line.startswith("listening on "))
         finally:
             process.send_signal(signal.SIGTERM)
-            assert process.wait(10) == 0
+            assert process.wait(30) == 0
 
 
 def test_a_server_that_is_started_as_usual_knows_its_names(tmp_path):

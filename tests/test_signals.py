@@ -72,7 +72,7 @@ class Process:
         """SIGHUP, and wait until the log has said all of these once more."""
         before = [self.text().count(word) for word in words]
         self.send(signal.SIGHUP)
-        until(lambda: [self.text().count(word) for word in words] == [count + 1 for count in before])
+        until(lambda: [self.text().count(word) for word in words] == [count + 1 for count in before], 30)
 
 
 def errors_of(server):
@@ -80,6 +80,25 @@ def errors_of(server):
     text = server.text()
     assert not re.search("Traceback|Warning:|never retrieved", text), text
     return [line for line in text.splitlines() if " ERROR " in line]
+
+
+# ----------------------------------------------------------------------------------------------------------- the end
+
+
+def test_who_connects_at_the_very_end_is_answered_or_refused_but_never_taken_and_dropped(tmp_path):
+    """While the last words are said, nothing may still let clients in: nobody would come to answer them."""
+    with Process(tmp_path, write_bundle(tmp_path / "b")) as server:
+        address = "127.0.0.1", server.port
+        with socket.create_connection(address, 5) as idle:  # for which the server waits a moment
+            assert is_ready(idle)
+            server.send(signal.SIGTERM)
+            with contextlib.suppress(ConnectionRefusedError):
+                while True:
+                    with socket.create_connection(address, 5) as late:
+                        late.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+                        assert late.recv(65536).startswith(b"HTTP/1.1 ")
+            assert server.process.poll() is None, "it was gone already, so nothing was tested"
+        assert server.process.wait(30) == 0
 
 
 # ----------------------------------------------------------------------------------------------------------------- keys
@@ -112,7 +131,7 @@ def test_a_key_is_changed_without_a_restart_and_a_bad_file_changes_nothing(tmp_p
             assert [status(NEW, "d" * 32), status("short")] == [200, 401]
         assert len(errors_of(server)) == 4, "one sentence each"
         server.send(signal.SIGTERM)
-        assert server.process.wait(10) == 0
+        assert server.process.wait(30) == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------- TLS
@@ -200,7 +219,7 @@ def test_a_certificate_that_kubernetes_renews_is_served_to_new_connections_and_n
         assert is_let_in(port, second[0])
         assert ["is not the key of" in line or "no such file" in line for line in errors_of(server)] == [True, True]
         server.send(signal.SIGTERM)
-        assert server.process.wait(10) == 0
+        assert server.process.wait(30) == 0
 
 
 def test_an_authority_of_clients_that_was_taken_away_opens_no_more(tmp_path):
@@ -233,7 +252,7 @@ def stuck_at_the_start(folder):
         return opened
 
     with Process(folder, write_bundle(folder / "b"), "--api-keys", pipe) as server:
-        until(is_read)
+        until(is_read, 30)
         try:
             yield server, opened[0]
         finally:
@@ -243,7 +262,7 @@ def stuck_at_the_start(folder):
 def test_sigterm_while_loading_ends_the_process_with_0(tmp_path):
     with stuck_at_the_start(tmp_path) as (server, _):
         server.send(signal.SIGTERM)
-        assert server.process.wait(10) == 0
+        assert server.process.wait(30) == 0
         assert "stopped before anything was served" in server.text()
         assert errors_of(server) == []
 
@@ -258,11 +277,11 @@ def test_sighup_while_loading_kills_nobody_and_is_heard_when_the_server_listens(
         os.write(pipe, OLD.encode())
         os.dup2(os.open(os.devnull, os.O_RDONLY), pipe)  # closes it
         with httpx.Client(base_url=f"http://127.0.0.1:{server.port}") as client:
-            until(lambda: "reloaded what has changed" in server.text())
+            until(lambda: "reloaded what has changed" in server.text(), 30)
             assert [client.get("/v2", headers={"X-Api-Key": key}).status_code for key in (OLD, NEW)] == [401, 200]
         assert errors_of(server) == []
         server.send(signal.SIGTERM)
-        assert server.process.wait(10) == 0
+        assert server.process.wait(30) == 0
 
 
 STUCK_IN_C = """
@@ -282,10 +301,10 @@ def test_sigterm_ends_a_process_that_loads_inside_of_a_library_too(tmp_path):
         assert server.process.stdout.readline() == "loading\n"
         busy = psutil.Process(server.process.pid)
         before = busy.cpu_times().user
-        until(lambda: busy.cpu_times().user > before + 0.1)  # it is in there
+        until(lambda: busy.cpu_times().user > before + 0.1, 30)  # it is in there
         server.send(signal.SIGHUP)
         server.send(signal.SIGTERM)
-        assert server.process.wait(10) == 0
+        assert server.process.wait(30) == 0
         assert "stopped while a library was loading" in server.text()
 
 
@@ -364,4 +383,4 @@ def test_sighup_reads_the_shadow_again_and_a_damaged_one_leaves_the_old_in_place
         (error,) = errors_of(server)
         assert str(shadow) in error
         server.send(signal.SIGTERM)
-        assert server.process.wait(10) == 0
+        assert server.process.wait(30) == 0

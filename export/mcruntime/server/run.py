@@ -30,7 +30,7 @@ from mcruntime.server.loader import Target, check_unique, describe, find_in, par
 from mcruntime.server.models import Models, Source
 from mcruntime.server.options import ServerOptions
 from mcruntime.server.shadow import Shadows, open_shadows
-from mcruntime.server.signals import Signals, Stopped
+from mcruntime.server.signals import Signals
 from mcruntime.server.tls import tls_context
 from mcruntime.server.tracing import open_tracing
 
@@ -53,11 +53,6 @@ def run(bundles: Sequence[Path | str], options: ServerOptions) -> None:
     if not bundles and options.repository is None:
         raise InputError("nothing to serve; give at least one bundle folder, or a --repository of them")
     _share_heaps()
-    with suppress(Stopped):
-        _run(bundles, options)
-
-
-def _run(bundles: Sequence[Path | str], options: ServerOptions) -> None:
     with ExitStack() as stack:
         stack.enter_context(logs.to_stderr(options))
         signals = stack.enter_context(Signals())
@@ -235,11 +230,10 @@ class DrainingServer(uvicorn.Server):
     async def _say_last_words(self, sockets: list[socket.socket]) -> None:
         """Listen no more; who has just connected, or is just sending, is told 503 instead of being cut off."""
         loop = asyncio.get_running_loop()
-        own = [sock.dup() for sock in sockets]
         for server in self.servers:
             server.close()
         # Those whom the kernel has let in already would be reset, so they are taken before the last handle is closed.
-        guests = [guest for sock in own for guest in _guests_of(sock)]
+        guests = [guest for sock in sockets for guest in _guests_of(sock)]
         for guest in guests:
             with suppress(OSError):  # gone already, or no TLS
                 await loop.connect_accepted_socket(
