@@ -4,9 +4,13 @@
 
     answers   a mixed load; every answer is compared with the unbatched one
     overload  offers twice the capacity for 10 minutes, some of it slow, rude or wrong, then looks for the capacity
-    stop      SIGTERM under load: every accepted request is answered
+    stop      SIGTERM under load, with clients that send and read slowly: every accepted request is answered
     reload    versions replaced through the control API under load, damaged ones among them
     fuzz      inputs that lie (default: 100,000): only 4xx, no 500, no growth
+    shadow    what copying every request to a shadow costs, in requests a second
+
+A part of every load is gRPC, compared as REST's answers are. What is refused there must be RESOURCE_EXHAUSTED,
+UNAVAILABLE or DEADLINE_EXCEEDED, in the server's own words: a call that its library gave up is one without an answer.
 
 BUNDLE is any bundle; figures in the repository are of ``speed_models``' resnet18, which WORK/resnet18 holds after a run
 of ``serving_speed``. Server and client share the machine, and listen on 127.0.0.1 only. The exit code is 0 if the
@@ -27,6 +31,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import statistics
 import struct
 import subprocess
@@ -38,6 +43,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import onnx
 import onnxruntime
@@ -45,6 +51,7 @@ import psutil
 import uvloop
 from mcruntime.bundle import MANIFEST, Bundle, load_bundle, seal
 from mcruntime.preprocess import open_image, prepare
+from mcruntime.server import oip
 from onnx import numpy_helper
 from PIL import Image
 
@@ -53,6 +60,10 @@ from mcdeploy.surroundings import describe_machine
 KEY, CONTROL_KEY = "k" * 32, "c" * 32
 TOLERANCE = 1e-6  # of the largest |logit| of an answer
 REFUSALS = (429, 503, 504)
+GRPC_REFUSALS = ("RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
+GRPC_WORDS = ("try again", "shutting down", "timeout expired")  # of the server, and not of grpc's client
+GRPC_SHARE = 0.1  # of an open loop's requests
+GRPC_EVERY = 4  # of a closed loop's clients, one
 MIB = 1 << 20
 
 
@@ -65,6 +76,7 @@ class Server:
 
     process: subprocess.Popen[str]
     port: int
+    grpc_port: int
     log: Path
 
     def rss(self) -> int:
@@ -84,8 +96,8 @@ def serving(work: Path, *arguments: str) -> Iterator[Server]:
     for name, key in (("keys", KEY), ("control", CONTROL_KEY)):
         (work / name).write_text(key, encoding="ascii")
     log = work / "server.log"
-    command = [sys.executable, "-m", "mcruntime.server", "--port", "0", "--api-keys", str(work / "keys"),
-               "--control-keys", str(work / "control"), *arguments]  # fmt: skip
+    command = [sys.executable, "-m", "mcruntime.server", "--port", "0", "--grpc-port", "0", "--api-keys",
+               str(work / "keys"), "--control-keys", str(work / "control"), *arguments]  # fmt: skip
     export = Path(__file__).parents[1] / "export"
     environment = {**os.environ, "PYTHONPATH": str(export)}
     environment.pop("OMP_NUM_THREADS", None)
@@ -93,10 +105,14 @@ def serving(work: Path, *arguments: str) -> Iterator[Server]:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stream, text=True, env=environment)
         try:
             assert process.stdout is not None
-            port = next((int(line.rsplit(":", 1)[1]) for line in process.stdout if line.startswith("listening")), 0)
-            if not port:
+            ports = []
+            for line in process.stdout:
+                ports += [int(line.rsplit(":", 1)[1])] if line.startswith(("listening on ", "grpc on ")) else []
+                if len(ports) == 2:
+                    break
+            else:
                 raise SystemExit(f"the server did not start:\n{log.read_text()}")
-            yield Server(process, port, log)
+            yield Server(process, *ports, log)
         finally:
             if process.poll() is None:
                 process.kill()
@@ -166,9 +182,31 @@ class Connection:
         return int(lines[0].split()[1]), headers, body
 
 
+class Calls:
+    """gRPC calls over a channel of their own."""
+
+    def __init__(self, port: int) -> None:
+        options = [("grpc.use_local_subchannel_pool", 1)]
+        self._channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}", options)
+        self._infer = self._channel.unary_unary(f"/{oip.SERVICE}/ModelInfer")
+
+    async def ask(self, message: bytes) -> tuple[str, str, bytes]:
+        """The code's name, what was said with it, and the answer."""
+        try:
+            return "OK", "", await self._infer(message, metadata=(("x-api-key", KEY),), timeout=60)
+        except grpc.aio.AioRpcError as error:
+            return error.code().name, error.details() or "", b""
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+
 def post(path: str, body: bytes, headers: str = "") -> bytes:
     head = f"POST {path} HTTP/1.1\r\nHost: x\r\nX-Api-Key: {KEY}\r\nContent-Length: {len(body)}\r\n{headers}\r\n"
     return head.encode("latin-1") + body
+
+
+INFER_REQUEST, INFER_ANSWER = oip.message("ModelInferRequest"), oip.message("ModelInferResponse")
 
 
 @dataclass
@@ -178,6 +216,7 @@ class Question:
     request: bytes
     logits: np.ndarray  # [B, N], unbatched
     kind: str  # "binary", "json", "image"
+    message: bytes = b""  # the same for gRPC, unless it is an image
     others: list[np.ndarray] = field(default_factory=list)  # answers of other versions that would be right as well
 
 
@@ -195,9 +234,17 @@ class Judge:
             return self._look_at_class(question, json.loads(body))
         if question.kind == "binary":
             head = int(headers[b"inference-header-content-length"])
-            found = np.frombuffer(body[head:], "<f4").reshape(question.logits.shape)
+            found = np.frombuffer(body[head:], "<f4")
         else:
-            found = np.float32(json.loads(body)["outputs"][0]["data"]).reshape(question.logits.shape)
+            found = np.float32(json.loads(body)["outputs"][0]["data"])
+        return self._look_at_logits(question, found.reshape(question.logits.shape), question.kind)
+
+    def look_at_message(self, question: Question, message: bytes) -> int:
+        """The same of a gRPC answer."""
+        (raw,) = INFER_ANSWER.FromString(message).raw_output_contents
+        return self._look_at_logits(question, np.frombuffer(raw, "<f4").reshape(question.logits.shape), "gRPC")
+
+    def _look_at_logits(self, question: Question, found: np.ndarray, kind: str) -> int:
         for place, logits in enumerate([question.logits, *question.others]):
             off = float(np.abs(found - logits).max() / np.abs(logits).max())
             if off <= TOLERANCE:
@@ -205,7 +252,7 @@ class Judge:
                 self.bit_equal += bool(np.array_equal(found, logits))
                 self.worst = max(self.worst, off)
                 return place
-        self.wrong.append(f"{question.kind}: {found.ravel()[:4].tolist()} for {question.logits.ravel()[:4].tolist()}")
+        self.wrong.append(f"{kind}: {found.ravel()[:4].tolist()} for {question.logits.ravel()[:4].tolist()}")
         return -1
 
     def _look_at_class(self, question: Question, tree: dict[str, Any]) -> int:
@@ -243,14 +290,16 @@ def make_questions(bundle: Bundle, num: int, *, images: int = 8, seed: int = 0) 
     for number in range(num):
         batch = rng.uniform(-1, 1, (1 if number % 2 else int(rng.integers(1, 5)), *manifest.input.shape)).astype("f4")
         tensor = {"name": manifest.input.name, "shape": list(batch.shape), "datatype": "FP32"}
+        message = INFER_REQUEST(model_name=manifest.name, inputs=[tensor], raw_input_contents=[batch.tobytes()])
+        as_message = message.SerializeToString()
         if number % 8 == 7:
             body = json.dumps({"inputs": [tensor | {"data": batch.ravel().tolist()}]}).encode()
-            found.append(Question(post(path, body), alone(batch), "json"))
+            found.append(Question(post(path, body), alone(batch), "json", as_message))
             continue
         tensor["parameters"] = {"binary_data_size": batch.nbytes}
         head = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
         length = f"Inference-Header-Content-Length: {len(head)}\r\n"
-        found.append(Question(post(path, head + batch.tobytes(), length), alone(batch), "binary"))
+        found.append(Question(post(path, head + batch.tobytes(), length), alone(batch), "binary", as_message))
     for _ in range(images):
         stream = io.BytesIO()
         Image.fromarray(rng.integers(0, 255, (90, 120, 3), dtype=np.uint8)).save(stream, "PNG")
@@ -259,31 +308,76 @@ def make_questions(bundle: Bundle, num: int, *, images: int = 8, seed: int = 0) 
     return found
 
 
+async def ask_rest(connection: Connection, question: Question, judge: Judge) -> tuple[str, int]:
+    """What came of a request, and which version answered it: as ``Judge.look``.
+
+    Raises:
+        HungUp: nothing.
+    """
+    status, headers, body = await connection.ask(question.request)
+    if status in REFUSALS and (status != 503 or b"retry-after" in headers):
+        return str(status), -1
+    return (str(status), judge.look(question, headers, body)) if status == 200 else (f"{status} {body[:60]!r}", -1)
+
+
+async def ask_grpc(calls: Calls, question: Question, judge: Judge) -> tuple[str, int]:
+    """The same of a gRPC call; ``HungUp`` also where the refusal is not the server's."""
+    code, words, message = await calls.ask(question.message)
+    if code == "OK":
+        return "gRPC OK", judge.look_at_message(question, message)
+    if code in GRPC_REFUSALS and not any(part in words for part in GRPC_WORDS):
+        raise HungUp(f"{code}: {words}")
+    return (f"gRPC {code}" if code in GRPC_REFUSALS else f"gRPC {code}: {words[:60]}"), -1
+
+
+class Client:
+    """One of a closed loop's: every ``GRPC_EVERY``th speaks gRPC."""
+
+    def __init__(self, server: Server, questions: list[Question], number: int, *, only: str = "") -> None:
+        self._rng, self.is_grpc = random.Random(number), number % GRPC_EVERY == GRPC_EVERY - 1 and not only
+        self._mine = [one for one in questions if (one.message if self.is_grpc else not only or one.kind == only)]
+        self._calls = Calls(server.grpc_port) if self.is_grpc else None
+        self.connection = Connection(server.port)
+
+    async def ask(self, judge: Judge) -> tuple[str, int]:
+        """As ``ask_rest``, of any question."""
+        question = self._rng.choice(self._mine)
+        if self._calls is not None:
+            return await ask_grpc(self._calls, question, judge)
+        return await ask_rest(self.connection, question, judge)
+
+    async def close(self) -> None:
+        self.connection.close()
+        if self._calls is not None:
+            await self._calls.close()
+
+
 async def closed_loop(
-    port: int, questions: list[Question], judge: Judge, seconds: float, connections: int, *, only: str = ""
+    server: Server, questions: list[Question], judge: Judge, seconds: float, connections: int, *, only: str = ""
 ) -> tuple[collections.Counter[str], list[tuple[float, float]]]:
-    """Everyone asks again as soon as they are answered; counts by status, and (when, how long) of each answer."""
+    """Everyone asks again as soon as they are answered; counts by outcome, and (when, how long) of each answer.
+
+    Args:
+        only: of this kind, and all of them REST.
+    """
     counts: collections.Counter[str] = collections.Counter()
     times: list[tuple[float, float]] = []
-    mine = [question for question in questions if not only or question.kind == only]
     end = time.monotonic() + seconds
 
-    async def one(seed: int) -> None:
-        rng, connection = random.Random(seed), Connection(port)
+    async def one(number: int) -> None:
+        client = Client(server, questions, number, only=only)
         while time.monotonic() < end:
-            question, began = rng.choice(mine), time.monotonic()
+            began = time.monotonic()
             try:
-                status, headers, body = await connection.ask(question.request)
-            except HungUp:
-                counts["no answer"] += 1
+                outcome, _ = await client.ask(judge)
+            except HungUp as error:
+                counts[f"no answer {error}".strip()] += 1
                 continue
             times.append((time.monotonic(), time.monotonic() - began))
-            counts[str(status)] += 1
-            if status == 200:
-                judge.look(question, headers, body)
-        connection.close()
+            counts[outcome] += 1
+        await client.close()
 
-    await asyncio.gather(*(one(seed) for seed in range(connections)))
+    await asyncio.gather(*(one(number) for number in range(connections)))
     return counts, times
 
 
@@ -293,12 +387,13 @@ async def closed_loop(
 async def answers(bundle: Bundle, work: Path, seconds: float) -> dict[str, Any]:
     questions, judge = make_questions(bundle, 96), Judge()
     with serving(work, str(bundle.folder)) as server:
-        counts, times = await closed_loop(server.port, questions, judge, seconds, 32)
+        counts, times = await closed_loop(server, questions, judge, seconds, 32)
         batches = await batches_of(server.port, bundle.manifest.name)
         code, took = server.stop()
-    kept = set(counts) == {"200"} and not judge.wrong and code == 0
+    kept = set(counts) == {"200", "gRPC OK"} and not judge.wrong and code == 0
     return {
-        "kept": kept, "connections": 32, "seconds": seconds, "by status": dict(counts), **judge.as_dict(),
+        "kept": kept, "connections": 32, "of them gRPC": 32 // GRPC_EVERY, "seconds": seconds,
+        "by status": dict(counts), **judge.as_dict(),
         "images by batch": batches, "exit code": code, "seconds to stop": round(took, 2),
         "requests a second": round(len(times) / seconds),
     }  # fmt: skip
@@ -321,24 +416,27 @@ async def overload(bundle: Bundle, work: Path, seconds: float) -> dict[str, Any]
     counts: collections.Counter[str] = collections.Counter()
     rss: list[tuple[float, int]] = []
     with serving(work, str(bundle.folder)) as server:
-        _, times = await closed_loop(server.port, questions, Judge(), 5, 32)  # warm
-        _, times = await closed_loop(server.port, questions, Judge(), 10, 32)
+        _, times = await closed_loop(server, questions, Judge(), 5, 32)  # warm
+        _, times = await closed_loop(server, questions, Judge(), 10, 32)
         capacity = len(times) / 10
-        _, times = await closed_loop(server.port, questions, Judge(), 5, 8, only="binary")
+        _, times = await closed_loop(server, questions, Judge(), 5, 8, only="binary")
         before = len(times) / 5
         began = time.monotonic()
         sent, unfinished = await offer(server, questions, judge, counts, rss, 2 * capacity, seconds)
         ended = time.monotonic()
-        _, times = await closed_loop(server.port, questions, judge, 6, 8, only="binary")
+        _, times = await closed_loop(server, questions, judge, 6, 8, only="binary")
         after = [sum(ended + half / 2 <= when < ended + half / 2 + 0.5 for when, _ in times) * 2 for half in range(12)]
         log = server.log.read_text()
         code, took = server.stop()
-    steady = [value for when, value in rss if 55 <= when - began <= 65] or [rss[0][1]]
+    steady = [value for when, value in rss if 60 <= when - began <= 120] or [rss[0][1]]
     later = [value for when, value in rss if when - began > 60] or [rss[-1][1]]
     last = [value for when, value in rss if ended - 60 <= when] or [rss[-1][1]]
     growth, peak = (value / statistics.median(steady) - 1 for value in (statistics.median(last), max(later)))
     back = next((half / 2 + 0.5 for half, rate in enumerate(after) if rate >= 0.9 * before), None)
-    allowed = {"200", *(str(status) for status in REFUSALS), "hung up ourselves", "rude: 4xx", "slow: 408 or closed"}
+    allowed = {
+        "200", *(str(status) for status in REFUSALS), "gRPC OK", *(f"gRPC {code}" for code in GRPC_REFUSALS),
+        "hung up ourselves", "rude: 4xx", "slow: 408 or closed",
+    }  # fmt: skip
     kept = (
         set(counts) <= allowed and not judge.wrong and growth <= 0.05 and back is not None and back <= 2
         and code == 0 and unfinished == 0 and "Traceback" not in log
@@ -351,7 +449,7 @@ async def overload(bundle: Bundle, work: Path, seconds: float) -> dict[str, Any]
             f"{minute} min": round(min(rss, key=lambda row: abs(row[0] - began - 60 * minute))[1] / MIB)
             for minute in range(int(seconds / 60) + 1)
         },
-        "growth from the end of the first minute to the median of the last": round(growth, 4),
+        "growth from the median of the second minute to the median of the last": round(growth, 4),
         "highest sample after the first minute, over it": round(peak, 4),
         "requests a second before, 8 connections": round(before),
         "requests a second in the half seconds after": after,
@@ -369,6 +467,7 @@ async def offer(
     free: list[Connection] = []
     tasks: set[asyncio.Task[None]] = set()
     rng = random.Random(1)
+    channels = [Calls(server.grpc_port) for _ in range(4)]
     rude = [request for _, request in zip(range(500), inputs(7, "x", "image", (3, 8, 8)), strict=False)]
 
     async def one(question: Question) -> None:
@@ -377,19 +476,24 @@ async def offer(
         if connection.is_stale():  # nobody used it, so the server closed it
             connection.close()
         try:
-            status, headers, body = await connection.ask(question.request)
+            outcome, place = await ask_rest(connection, question, judge)
         except HungUp:
             if connection.reader is None:
                 counts["no answer"] += 1
                 unfinished += 1
             return
-        if status == 200:
-            counts["200" if judge.look(question, headers, body) == 0 else "wrong"] += 1
-        elif status in REFUSALS and (status != 503 or b"retry-after" in headers):
-            counts[str(status)] += 1
-        else:
-            counts[f"{status} {body[:60]!r}"] += 1
+        counts["wrong" if outcome == "200" and place != 0 else outcome] += 1
         free.append(connection)
+
+    async def call(question: Question) -> None:
+        nonlocal unfinished
+        try:
+            outcome, place = await ask_grpc(rng.choice(channels), question, judge)
+        except HungUp as error:
+            counts[f"no answer {error}"] += 1
+            unfinished += 1
+        else:
+            counts["wrong" if outcome == "gRPC OK" and place != 0 else outcome] += 1
 
     async def hang_up(question: Question) -> None:
         connection = Connection(server.port)
@@ -439,6 +543,8 @@ async def offer(
                 task = asyncio.create_task(be_rude())
             elif draw < 0.0205:
                 task = asyncio.create_task(be_slow(question))
+            elif draw < 0.0205 + GRPC_SHARE and question.message:
+                task = asyncio.create_task(call(question))
             else:
                 task = asyncio.create_task(one(question))
             tasks.add(task)
@@ -455,54 +561,134 @@ async def offer(
         task.cancel()
     for connection in free:
         connection.close()
+    for channel in channels:
+        await channel.close()
     return sent, unfinished + len(pending)
 
 
 # ----------------------------------------------------------------------------------------------------------------- stop
 
 
+STOPPED = "refused: no longer listening"
+SLOW_PIECES, SLOW_PIECE_S = 40, 0.05  # of a body
+SLOW_ANSWERS, SLOW_BYTES, SLOW_READ_S = 8, 2048, 0.01
+
+
 async def stop(bundle: Bundle, work: Path, seconds: float) -> dict[str, Any]:
     """SIGTERM in the middle of a load, several times over."""
     questions = make_questions(bundle, 48)
     rounds = [await _stop_once(bundle, work, seconds, questions) for _ in range(5)]
+    allowed = {"200", "503", "gRPC OK", "gRPC UNAVAILABLE", STOPPED, "slow sender: 200", "slow sender: 503",
+               "slow reader: 200", "slow reader: 503", "slow reader: closed before the request was begun"}  # fmt: skip
     kept = all(
         row["exit code"] == 0 and row["seconds to exit"] <= 5 and not row["wrong"]
-        and not row["by outcome"].get("sent, and not answered")
-        and {key.split()[0] for key in row["by outcome"]} <= {"200", "503", "refused:"}
+        and {key.removesuffix(" after the signal") for key in row["by outcome"]} <= allowed
         for row in rounds
     )  # fmt: skip
-    return {"kept": kept, "connections": 32, "rounds": rounds}
+    return {"kept": kept, "connections": 32, "of them gRPC": 32 // GRPC_EVERY, "slow clients": 2, "rounds": rounds}
 
 
 async def _stop_once(bundle: Bundle, work: Path, seconds: float, questions: list[Question]) -> dict[str, Any]:
     judge, counts, stopped_at = Judge(), collections.Counter[str](), [float("inf")]
 
-    async def one(seed: int) -> None:
-        rng, connection = random.Random(seed), Connection(server.port)
-        while time.monotonic() < stopped_at[0] + 10:
-            question = rng.choice(questions)
-            try:
-                await connection.open()
-            except ConnectionError:
-                counts["refused: no longer listening"] += 1
-                return
-            try:
-                status, headers, body = await connection.ask(question.request)
-            except HungUp:
-                counts["sent, and not answered"] += 1
-                return
-            late = "" if time.monotonic() < stopped_at[0] else " after the signal"
-            counts[f"{status}{late}"] += 1
-            if status == 200:
-                judge.look(question, headers, body)
+    def count(outcome: str) -> None:
+        counts[outcome + ("" if time.monotonic() < stopped_at[0] else " after the signal")] += 1
+
+    async def one(number: int) -> None:
+        client = Client(server, questions, number)
+        with contextlib.suppress(ConnectionError):  # no longer listening
+            while time.monotonic() < stopped_at[0] + 10:
+                if not client.is_grpc:
+                    await client.connection.open()
+                try:
+                    outcome, _ = await client.ask(judge)
+                except HungUp as error:
+                    is_refused = "failed to connect" in str(error) or "Connection refused" in str(error)
+                    count(STOPPED if is_refused else f"sent, and not answered {error}".strip())
+                    return await client.close()
+                count(outcome)
+        counts[STOPPED] += 1
+        await client.close()
+
+    async def be_slow(act: Callable[[Server, Question, Callable[[str], None]], Awaitable[None]]) -> None:
+        question = next(one for one in questions if one.kind == "json")
+        with contextlib.suppress(ConnectionRefusedError):
+            while time.monotonic() < stopped_at[0]:
+                await act(server, question, count)
 
     with serving(work, str(bundle.folder)) as server:
-        clients = [asyncio.create_task(one(seed)) for seed in range(32)]
+        clients = [asyncio.create_task(one(number)) for number in range(32)]
+        clients += [asyncio.create_task(be_slow(act)) for act in (_send_slowly, _read_slowly)]
         await asyncio.sleep(seconds)
         stopped_at[0] = time.monotonic()
         code, took = await asyncio.to_thread(server.stop)
-        await asyncio.wait(clients, timeout=15)
-    return {"exit code": code, "seconds to exit": round(took, 2), "by outcome": dict(counts), **judge.as_dict()}
+        _, pending = await asyncio.wait(clients, timeout=15)
+        log = server.log.read_text()
+    for task in pending:
+        task.cancel()
+    for task in clients:
+        if task not in pending:
+            task.result()
+    counts["a client still waits"] += len(pending)
+    counts["a stack trace in the log"] += log.count("Traceback")
+    return {"exit code": code, "seconds to exit": round(took, 2), "by outcome": dict(+counts), **judge.as_dict()}
+
+
+async def _send_slowly(server: Server, question: Question, count: Callable[[str], None]) -> None:
+    """A body that takes two seconds; who is answered before it is all there sends no more."""
+    connection = Connection(server.port)
+    _, writer = await connection.open()
+    answer = asyncio.create_task(connection.answer())
+    size = -(-len(question.request) // SLOW_PIECES)
+    try:
+        for place in range(0, len(question.request), size):
+            if answer.done():
+                break
+            writer.write(question.request[place : place + size])
+            await asyncio.sleep(SLOW_PIECE_S)
+        count(f"slow sender: {(await answer)[0]}")
+    except (ConnectionError, asyncio.IncompleteReadError, RuntimeError):  # the last is uvloop's
+        count("slow sender: not answered")
+    connection.abort()
+
+
+async def _read_slowly(server: Server, question: Question, count: Callable[[str], None]) -> None:
+    """Answers that are asked for all at once, and taken in small pieces."""
+    loop = asyncio.get_running_loop()
+    found = b""
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.setblocking(False)
+        await loop.sock_connect(client, ("127.0.0.1", server.port))
+        sending = asyncio.create_task(loop.sock_sendall(client, question.request * SLOW_ANSWERS))
+        done: list[int] = []
+        with contextlib.suppress(ConnectionError):
+            while len(done) < SLOW_ANSWERS and (chunk := await loop.sock_recv(client, SLOW_BYTES)):
+                found += chunk
+                done, found = done + (new := _whole_answers(found))[0], new[1]
+                await asyncio.sleep(SLOW_READ_S)
+        sending.cancel()
+        await asyncio.wait([sending])
+    for status in done:
+        count(f"slow reader: {status}")
+    if found:
+        count("slow reader: not the whole answer")
+    elif len(done) < SLOW_ANSWERS:
+        count("slow reader: closed before the request was begun")
+
+
+def _whole_answers(data: bytes) -> tuple[list[int], bytes]:
+    """The statuses of all whole answers at the start, and what is left."""
+    found = []
+    while (end := data.find(b"\r\n\r\n")) >= 0:
+        head = data[:end].lower()
+        place = head.find(b"content-length: ")
+        size = end + 4 + int(head[place + 16 :].split(b"\r\n", 1)[0])
+        if len(data) < size:
+            break
+        found.append(int(head.split(b" ", 2)[1]))
+        data = data[size:]
+    return found, data
 
 
 # --------------------------------------------------------------------------------------------------------------- reload
@@ -563,25 +749,24 @@ async def reload(bundle: Bundle, work: Path, seconds: float) -> dict[str, Any]:
     now_serving = [0]
     end = [float("inf")]
 
-    async def one(seed: int) -> None:
+    async def one(number: int) -> None:
         nonlocal stale
-        rng, connection = random.Random(seed), Connection(server.port)
+        client = Client(server, questions, number)
         while time.monotonic() < end[0]:
-            question, must_be = rng.choice(questions), now_serving[0]
+            must_be = now_serving[0]
             try:
-                status, headers, body = await connection.ask(question.request)
-            except HungUp:
-                counts["no answer"] += 1
+                outcome, found = await client.ask(judge)
+            except HungUp as error:
+                counts[f"no answer {error}".strip()] += 1
                 continue
-            counts[str(status)] += 1
-            if status == 200:
-                found = judge.look(question, headers, body)
+            counts[outcome] += 1
+            if outcome in ("200", "gRPC OK"):
                 # While it is being replaced either may answer; a request sent after that must get the new one.
                 stale += must_be >= 0 and now_serving[0] == must_be and found != must_be
-        connection.close()
+        await client.close()
 
     with serving(work, "--repository", str(repository)) as server:
-        clients = [asyncio.create_task(one(seed)) for seed in range(16)]
+        clients = [asyncio.create_task(one(number)) for number in range(16)]
         control, version, round_ = Connection(server.port), 0, 0
         load = post(f"/v2/repository/models/{name}/load", b"", f"X-Control-Key: {CONTROL_KEY}\r\n")
         began = time.monotonic()
@@ -606,11 +791,12 @@ async def reload(bundle: Bundle, work: Path, seconds: float) -> dict[str, Any]:
     taken = [row for row in swaps if not row[0].startswith("bad")]
     offered = [row for row in swaps if row[0].startswith("bad")]
     kept = (
-        set(counts) == {"200"} and not judge.wrong and not stale and code == 0 and "Traceback" not in log
+        set(counts) == {"200", "gRPC OK"} and not judge.wrong and not stale and code == 0 and "Traceback" not in log
         and all(status == 200 for _, status, _ in taken) and all(status == 400 for _, status, _ in offered)
     )  # fmt: skip
     return {
-        "kept": kept, "seconds": seconds, "connections": 16, "by status": dict(counts), **judge.as_dict(),
+        "kept": kept, "seconds": seconds, "connections": 16, "of them gRPC": 16 // GRPC_EVERY,
+        "by status": dict(counts), **judge.as_dict(),
         "reloads": len(taken), "damaged bundles offered": len(offered), "what was damaged": list(DAMAGES),
         "answered to damaged ones": sorted({f"{status} {body}" for _, status, body in offered}),
         "answers of a version that was not the one": stale, "exit code": code,
@@ -940,13 +1126,18 @@ async def fuzz(bundle: Bundle, work: Path, num: int, seed: int = 1) -> dict[str,
         await asyncio.gather(watch(), *(one() for _ in range(12)))
         took = time.monotonic() - began
         questions, judge = make_questions(bundle, 16), Judge()
-        after, _ = await closed_loop(server.port, questions, judge, 2, 8)
+        after, _ = await closed_loop(server, questions, judge, 2, 8)
         log = server.log.read_text()
         code, _ = server.stop()
     early = max(value for place, value in rss if place <= max(num // 10, rss[0][0]))
     growth = (max(value for _, value in rss) - early) / MIB
     kept = (
-        not bad and growth < 50 and code == 0 and set(after) == {"200"} and not judge.wrong and "Traceback" not in log
+        not bad
+        and growth < 50
+        and code == 0
+        and set(after) == {"200", "gRPC OK"}
+        and not judge.wrong
+        and "Traceback" not in log
     )
     return {
         "kept": kept, "inputs": done, "seed": seed, "seconds": round(took), "outcomes": dict(sorted(counts.items())),
@@ -960,11 +1151,56 @@ async def fuzz(bundle: Bundle, work: Path, num: int, seed: int = 1) -> dict[str,
     }  # fmt: skip
 
 
+# --------------------------------------------------------------------------------------------------------------- shadow
+
+
+async def shadow(bundle: Bundle, work: Path, seconds: float) -> dict[str, Any]:
+    """With and without a shadow that gets every request, in turns: the two share the machine's cores."""
+    copy = variant(bundle, work / "shadow", 0.0)
+    questions, judge = make_questions(bundle, 48, images=0), Judge()
+    pairs, seen, codes = [], [], []
+
+    async def rate(*more: str) -> float:
+        with serving(work, str(bundle.folder), *more) as server:
+            await closed_loop(server, questions, judge, 2, 8, only="binary")
+            _, times = await closed_loop(server, questions, judge, seconds, 8, only="binary")
+            if more:
+                seen.append(await shadow_counts(server.port))
+            codes.append(server.stop()[0])
+        return len(times) / seconds
+
+    for _ in range(3):
+        without = await rate()
+        pairs.append((round(without), round(await rate("--shadow", f"{bundle.manifest.name}={copy}"))))
+    ratios = [round(with_it / without, 3) for without, with_it in pairs]
+    differing = sum(counts["top1_disagreements"] for counts in seen)
+    return {
+        "kept": not judge.wrong and set(codes) == {0} and not differing and all(row["mirrored"] for row in seen),
+        "connections": 8, "share": 1.0, "seconds of each run": seconds,
+        "requests a second without and with a shadow, pair by pair": pairs, "with / without": ratios,
+        "median of it": statistics.median(ratios), "what the shadows counted": seen, **judge.as_dict(),
+    }  # fmt: skip
+
+
+async def shadow_counts(port: int) -> dict[str, int]:
+    connection = Connection(port)
+    _, _, body = await connection.ask(f"GET /metrics HTTP/1.1\r\nHost: x\r\nX-Api-Key: {KEY}\r\n\r\n".encode())
+    connection.close()
+    lines = [line for line in body.decode().splitlines() if line.startswith("mcdeploy_shadow_")]
+    names = ("mirrored", "dropped", "failed", "top1_disagreements")
+    return {
+        name: sum(
+            int(float(line.rsplit(" ", 1)[1])) for line in lines if line.startswith(f"mcdeploy_shadow_{name}_total")
+        )
+        for name in names
+    }
+
+
 # ----------------------------------------------------------------------------------------------------------------- main
 
 WHAT: dict[str, tuple[Callable[..., Awaitable[dict[str, Any]]], float]] = {
     "answers": (answers, 20), "overload": (overload, 600), "stop": (stop, 2), "reload": (reload, 30),
-    "fuzz": (fuzz, 100_000),
+    "fuzz": (fuzz, 100_000), "shadow": (shadow, 8),
 }  # fmt: skip
 
 
