@@ -33,12 +33,23 @@ from mcruntime.server.protocol import (
     format_infer,
     format_metadata,
     load_json,
-    parse_infer,
-    read_header_length,
+    read_infer,
 )
 from mcruntime.server.seen import Observer, Seen
 from mcruntime.server.tensors import Images, InferRequest
-from mcruntime.server.web import HUNG_UP, MODEL, Handler, Request, Response, Route, Router, as_error, as_json
+from mcruntime.server.web import (
+    HUNG_UP,
+    JSON,
+    MODEL,
+    Handler,
+    Request,
+    Response,
+    Route,
+    Router,
+    as_error,
+    as_json,
+    note_answer,
+)
 
 EXTENSIONS = [
     "binary_tensor_data", "classification", "model_configuration", "model_repository", "parameters", "schedule_policy",
@@ -312,46 +323,31 @@ class App:
     # ------------------------------------------------------------------------------------------------------ the work
 
     async def _infer(self, request: Request) -> Response:
-        chosen = self.choose(request)
-        asked = self.read_infer(request, await request.read(), chosen)
+        chosen = self._find(request)
+        request.model, request.version = request.args["model"], chosen.spec.version
+        asked = read_infer(request.headers, await request.read(), chosen.spec)
+        request.images = len(asked.images)
         model, answer = await self.infer(request, chosen, asked.images, asked.timeout_s)
         if request.path not in self.lanes and len(self.lanes) < MOST_LANES:
             self.lanes[request.path] = Lane(self, request.path, request.args)
-        return self.infer_response(request, asked, model, answer)
+        return self.infer_response(request.headers, asked, model, answer)
 
-    def choose(self, request: Request) -> Model:
-        """The version that is asked, noted in the request.
-
-        Raises:
-            NotFoundError: no such model or version.
-        """
-        chosen = self._find(request)
-        request.model, request.version = request.args["model"], chosen.spec.version
-        return chosen
-
-    def read_infer(self, request: Request, body: bytes, chosen: Model) -> InferRequest:
-        """What an infer request asks for, checked.
-
-        Raises:
-            RequestError: 400; what is wrong with it.
-        """
-        length = request.headers.get(b"inference-header-content-length")
-        asked = parse_infer(body, None if length is None else read_header_length(length), chosen.spec)
-        request.images = len(asked.images)
-        return asked
-
-    def infer_response(self, request: Request, asked: InferRequest, model: Model, answer: Answer) -> Response:
+    def infer_response(
+        self, headers: dict[bytes, bytes], asked: InferRequest, model: Model, answer: Answer
+    ) -> Response:
         """The answer in the form that was asked for.
+
+        Args:
+            headers: of the request.
 
         Raises:
             RequestError: 400; it has no such form.
         """
         content, head = format_infer(asked, model.spec, answer.logits)
-        headers: tuple[tuple[str, str], ...] = ()
-        kind = "application/json"
-        if head is not None:
-            kind, headers = "application/octet-stream", (("inference-header-content-length", str(head)),)
-        return _compressed(Response(content, 200, kind, headers), request)
+        if head is None:
+            return _compressed(Response(content, 200, JSON), headers)
+        own = (("inference-header-content-length", str(head)),)
+        return _compressed(Response(content, 200, "application/octet-stream", own), headers)
 
     async def _predict(self, request: Request) -> Response:
         name, number = request.args.get("model", ""), request.args.get("version", "")
@@ -464,14 +460,6 @@ class App:
         self.observe(seen)
 
 
-def note_answer(request: Request, model: Model, answer: Answer) -> None:
-    """Write down which version answered a request, and where the time went."""
-    request.version = model.spec.version
-    timing = request.timing
-    timing.queue_s, timing.compute_s, timing.batch = answer.queue_s, answer.compute_s, answer.batch
-    timing.ended = answer.ended
-
-
 def refuse_load_parameters(parameters: dict[str, Any]) -> None:
     """A client may name a model to load, and nothing else: uploaded files and configurations are a way to run code.
 
@@ -498,9 +486,9 @@ def refuse_control(control: Keys | None, headers: dict[bytes, bytes]) -> None:
         raise RequestError("loading and unloading models needs a control key: X-Control-Key: KEY", 403)
 
 
-def _compressed(response: Response, request: Request) -> Response:
-    """The answer packed as the client asked, if that is worth it."""
-    wanted = request.headers.get(b"accept-encoding")
+def _compressed(response: Response, headers: dict[bytes, bytes]) -> Response:
+    """The answer packed as the request's headers ask, if that is worth it."""
+    wanted = headers.get(b"accept-encoding")
     if not wanted or len(response.body) < COMPRESS_FROM:
         return response
     parts = [part.replace(b" ", b"").lower().decode("latin-1") for part in wanted.split(b",")]

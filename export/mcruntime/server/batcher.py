@@ -13,11 +13,13 @@ Invariants, each held by a property test (tests/test_batcher.py):
 4.  Bounded batch: a batch holds at most ``max_batch`` images, unless it is one request that alone holds more.
 5.  Bounded queue: at most ``max_queue`` requests wait; one more is refused at once, without waiting.
 6.  No idling: with ``max_delay_s`` = 0, a free worker and a waiting request do not exist at the same time, but between
-    a ``submit`` that announces a ``kick`` and that kick.
+    a ``submit`` that announces a ``kick`` and that kick, and while ``kick`` or ``now`` runs: no worker is free then.
 7.  In time: a request whose deadline has passed is delivered DeadlineError by the next ``expire``, and is not run.
 8.  Alone in error: when a batch fails, its requests are run one by one, so that only the guilty one gets the error.
 9.  Cancelled is gone: a cancelled request is delivered nothing, and is never run if it was still waiting.
 10. Closing loses nothing: what was accepted before ``close`` is answered; afterwards ``submit`` raises Closed.
+11. Now is alone: ``now`` runs only while nothing else runs or waits; what comes meanwhile waits its turn, as do ``join``
+    and so the engine's end.
 
 No asyncio and no model in here. The answers are views of what ``infer`` returned, which it must not write to again.
 ``deliver`` is called in a worker's thread (or in the caller's of ``expire``), outside
@@ -33,8 +35,8 @@ import time
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,8 +54,7 @@ class Closed(Exception):
     """The batcher takes no more requests."""
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """What a request gets, with the times of its way in seconds."""
 
     logits: Logits  # [B, N]; B as the request's
@@ -85,8 +86,7 @@ class Ticket:
         self.state = State.WAITING
 
 
-@dataclass(frozen=True, slots=True)
-class Ran:
+class Ran(NamedTuple):
     """One inference, for the statistics; times in seconds."""
 
     images: int  # without filling
@@ -169,8 +169,8 @@ class Batcher:
         with self._changed:
             if self._closed:
                 raise Closed
-            # An idle worker will take it at once, so it need not fit into the queue.
-            if len(self._queue) >= self.max_queue + self._idle:
+            # An idle worker will take it at once, so it need not fit into the queue; unless a caller's thread runs.
+            if len(self._queue) >= self.max_queue + (0 if self._is_held else self._idle):
                 raise OverloadedError
             if self._queue and self._queued_bytes + images.nbytes > MAX_QUEUED_BYTES:
                 raise OverloadedError

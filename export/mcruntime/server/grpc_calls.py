@@ -23,14 +23,14 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection
 
 from mcruntime.server import oip
-from mcruntime.server.app import App, note_answer
+from mcruntime.server.app import App
 from mcruntime.server.batcher import Answer, Closed, Outcome, Ticket
 from mcruntime.server.errors import DeadlineError, RequestError, as_told
 from mcruntime.server.models import Model
 from mcruntime.server.seen import Seen
 from mcruntime.server.tensors import InferRequest
 from mcruntime.server.tracing import GRPC_CODES
-from mcruntime.server.web import HUNG_UP, Request
+from mcruntime.server.web import HUNG_UP, Request, note_answer
 
 STREAM_IDLE_S = 60.0  # after which a stream without a message, and with all of them answered, is ended
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name

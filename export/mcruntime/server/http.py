@@ -25,7 +25,7 @@ from mcruntime.server.errors import RETRY_AFTER_S
 from mcruntime.server.lane import Call, Lane, Visit
 from mcruntime.server.options import ServerOptions
 from mcruntime.server.protocol import dump
-from mcruntime.server.web import Request, Response
+from mcruntime.server.web import Response
 
 SWEEP_S = 0.5  # how often the connections are looked at
 TURN_S = 0.25  # for so long a connection is thought to go on sending
@@ -33,6 +33,7 @@ TLS_HANDSHAKE_S = 10.0
 MAX_DISCARDED = 4 << 20  # bytes that are read, and dropped, of a connection that was refused
 MANY_PIECES = 1024  # pieces of a body from which on their size counts
 MIN_PIECE = 64  # bytes a piece, on average; less costs us more than it costs the sender
+MAX_SAID = 2048  # bytes of a header that is remembered
 MAX_FRAMING = 64 << 10  # bytes of chunk extensions and trailers, beside half of the body's own
 HEALTH = b"/v2/health/"
 NO_EVENT = asyncio.Event()  # that nobody waits for
@@ -140,16 +141,39 @@ class ShortCycle:
         "response_started",
     )
 
-    def __init__(self, keep_alive: bool) -> None:
+    def __init__(self, call: Call, keep_alive: bool) -> None:
+        self.call = call
         self.keep_alive = keep_alive
         self.more_body = self.disconnected = self.response_started = self.response_complete = False
         self.message_event = NO_EVENT
-        self.call: Call | None = None
 
     def cancel(self) -> None:
         """As a task's: the client is gone."""
-        if self.call is not None:
-            self.call.cancel()
+        self.call.cancel()
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """The header of a request that went the short way, whole and in one piece with its body. Clients repeat it to the
+    letter as long as their bodies have one size; the same bytes need not be parsed again.
+
+    Attributes:
+        size: of header and body.
+        headers: names in lower case.
+    """
+
+    head: bytes
+    size: int
+    lane: Lane
+    headers: dict[bytes, bytes]
+
+
+def _said(chunk: bytes, body_bytes: int, lane: Lane, headers: dict[bytes, bytes]) -> Said | None:
+    """What was said, if the chunk holds it and nothing else."""
+    head_bytes = chunk.find(b"\r\n\r\n", 0, MAX_SAID) + 4
+    if head_bytes + body_bytes != len(chunk) or not body_bytes:
+        return None
+    return Said(chunk[:head_bytes], len(chunk), lane, headers)
 
 
 class Crowd:
@@ -201,6 +225,8 @@ class HttpProtocol(HttpToolsProtocol):
         self._task: asyncio.Task[None] | ShortCycle | None = None
         self._lane: Lane | None = None  # of the request that is being read, if it may go the short way
         self._body: list[bytes] = []  # its body
+        self._chunk = b""  # what is being parsed
+        self._said: Said | None = None
         self._keep_alive = True
         self._is_extra = False  # came when there were too many
         self._last_words: bytes | None = None  # to be said after the answers that are still to come
@@ -213,6 +239,7 @@ class HttpProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.flow = Flow(transport, self.pipeline)
+        self._visit = Visit(self.client, self.loop, self._reply_now, self._reply)
         self._since = self.loop.time()
         others = len(self.connections) - self.limits.connections
         self._is_extra = others > 0
@@ -237,9 +264,12 @@ class HttpProtocol(HttpToolsProtocol):
                 self.transport.abort()
             return
         before, size = self._phase, len(data)
+        said = self._said
+        if said is not None and size == said.size and data.startswith(said.head) and self._took_again(said, data):
+            return
         if before == IDLE:
             self._phase, self._since, self._head_bytes = HEAD, self.loop.time(), 0
-        self._chunk_bytes = size
+        self._chunk, self._chunk_bytes = data, size
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserError:
@@ -250,6 +280,8 @@ class HttpProtocol(HttpToolsProtocol):
             # Refused by not being answered: the request is answered as any other, and is the last.
             self._listen_no_more()
             return
+        finally:
+            self._chunk = b""
         if self._lane is not None:  # its body is not all there
             self._leave_lane()
         if self._phase == HEAD:
@@ -389,31 +421,53 @@ class HttpProtocol(HttpToolsProtocol):
     def _took(self, lane: Lane) -> bool:
         """Try the short way of a request that is whole."""
         pieces = self._body
-        cycle = ShortCycle(self._keep_alive)
-        before, self.cycle, self._running, self._task = self.cycle, cycle, cycle, cycle
         body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-        is_alone = self.crowd.enter(self, self.loop.time())
-        cycle.call = lane.take(dict(self.headers), body, Visit(self.client, self.loop, self._reply, is_alone))
-        if cycle.call is None:
-            self.cycle, self._running, self._task = before, None, None
+        headers = dict(self.headers)
+        if not self._take(lane, headers, body):
             self._leave_lane()
             return False
         self._lane, self._body = None, []
+        if self._keep_alive and b"transfer-encoding" not in headers:
+            self._said = _said(self._chunk, len(body), lane, headers)
         return True
 
-    def _reply(self, response: Response, request: Request) -> None:
-        """Write the answer to a request that went the short way."""
+    def _took_again(self, said: Said, data: bytes) -> bool:
+        """Try the short way of a request that begins as the one before did: its header was read and judged then."""
+        is_free = self._phase == IDLE and self._running is None and not self._is_extra and not self.flow.write_paused
+        if not is_free:
+            return False
+        self._keep_alive = True
+        return self._take(said.lane, said.headers, memoryview(data)[len(said.head) :])
+
+    def _take(self, lane: Lane, headers: dict[bytes, bytes], body: bytes | memoryview) -> bool:
+        """Let a lane have a request, of which nothing is left to be read."""
+        is_alone = self.crowd.enter(self, self.loop.time())
+        taken = lane.take(headers, body, self._visit, is_alone=is_alone)
+        if isinstance(taken, Call):
+            self.cycle = self._running = self._task = ShortCycle(taken, self._keep_alive)
+        elif taken:
+            self.on_response_complete()
+        return taken is not False
+
+    def _reply(self, response: Response, request_id: str) -> None:
+        """Write the answer to a request that went the short way, and waited."""
         cycle = self._running
         assert isinstance(cycle, ShortCycle)
-        if not cycle.keep_alive:
+        cycle.response_started = cycle.response_complete = True
+        self._write(response, request_id, cycle.keep_alive)
+        self.on_response_complete()
+
+    def _reply_now(self, response: Response, request_id: str) -> None:
+        self._write(response, request_id, self._keep_alive)
+
+    def _write(self, response: Response, request_id: str, keep_alive: bool) -> None:
+        if not keep_alive:
             response.headers = (*response.headers, ("connection", "close"))
         elif ("connection", "close") in response.headers:
-            cycle.keep_alive = False
-        cycle.response_started = cycle.response_complete = True
-        self.transport.write(_as_bytes(response, request, self.server_state.default_headers))
-        if not cycle.keep_alive:
+            keep_alive = False
+        self.transport.write(_as_bytes(response, request_id, self.server_state.default_headers))
+        if not keep_alive:
             self.transport.close()
-        self.on_response_complete()
 
     # ---------------------------------------------------------------------------------------------- what the app calls
 
@@ -557,10 +611,10 @@ class HttpProtocol(HttpToolsProtocol):
         )
 
 
-def _as_bytes(response: Response, request: Request, defaults: Iterable[tuple[bytes, bytes]]) -> bytes:
+def _as_bytes(response: Response, request_id: str, defaults: Iterable[tuple[bytes, bytes]]) -> bytes:
     extra = "".join([f"{name}: {value}\r\n" for name, value in response.headers]) if response.headers else ""
     own = (
-        f"content-type: {response.content_type}\r\nx-request-id: {request.id}\r\n"
+        f"content-type: {response.content_type}\r\nx-request-id: {request_id}\r\n"
         f"content-length: {len(response.body)}\r\n{extra}\r\n"
     )
     return b"".join([STATUS_LINE[response.status], _joined(tuple(defaults)), own.encode("latin-1"), response.body])

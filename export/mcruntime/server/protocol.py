@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from array import array
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -52,11 +53,23 @@ MOST_BRACKETS = 100_000  # 64 images of 3 x 500 rows have fewer
 MAX_ID = 1024  # characters
 
 
-def parse_infer(body: bytes, header_length: int | None, spec: ModelSpec) -> InferRequest:
+def read_infer(headers: Mapping[bytes, bytes], body: bytes | memoryview, spec: ModelSpec) -> InferRequest:
+    """``parse_infer`` of an HTTP request.
+
+    Args:
+        headers: names in lower case.
+    """
+    length = headers.get(b"inference-header-content-length")
+    if length is None:
+        return parse_infer(bytes(body), None, spec)
+    return parse_infer(body, read_header_length(length), spec)
+
+
+def parse_infer(body: bytes | memoryview, header_length: int | None, spec: ModelSpec) -> InferRequest:
     """Read an infer request.
 
     Args:
-        body: all of it.
+        body: all of it; bytes, if the whole is JSON.
         header_length: ``Inference-Header-Content-Length``: None, the whole body is JSON; 0, it is one bare image.
 
     Raises:
@@ -64,7 +77,8 @@ def parse_infer(body: bytes, header_length: int | None, spec: ModelSpec) -> Infe
     """
     if header_length is None:
         most_values = spec.max_batch_size * math.prod(spec.shape)
-        return _parse_tree(_parse_tensor_json(body, most_values), memoryview(b""), spec, body)
+        whole = bytes(body)
+        return _parse_tree(_parse_tensor_json(whole, most_values), memoryview(b""), spec, whole)
     if header_length == 0 and body:
         return InferRequest("", images_from_bytes(body, 1, spec), Wish(binary=True))
     if not 0 < header_length <= len(body):
@@ -72,7 +86,7 @@ def parse_infer(body: bytes, header_length: int | None, spec: ModelSpec) -> Infe
     if header_length > MAX_HEADER_JSON and header_length < len(body):
         raise RequestError(f"the JSON before binary tensors is larger than {MAX_HEADER_JSON} bytes")
     view = memoryview(body)
-    text, binary = body[:header_length], view[header_length:]
+    text, binary = bytes(view[:header_length]), view[header_length:]
     if header_length <= MAX_KEPT_HEAD and len(binary):
         head = _read_head(text, len(binary), spec)
         if head is not None:

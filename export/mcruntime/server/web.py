@@ -5,11 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 
 from mcruntime.server.errors import RequestError
 from mcruntime.server.protocol import dump
+
+if TYPE_CHECKING:
+    from mcruntime.server.batcher import Answer
+    from mcruntime.server.models import Model
 
 JSON = "application/json"
 MODEL = r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[0-9]+))?"  # where everything about one model is
@@ -89,6 +93,14 @@ class Response:
     content_type: str = JSON
     headers: tuple[tuple[str, str], ...] = ()
     error: str = ""  # what the client is told, for the logs
+
+
+def note_answer(request: Request, model: Model, answer: Answer) -> None:
+    """Write down which version answered a request, and where the time went."""
+    request.version = model.spec.version
+    timing = request.timing
+    timing.queue_s, timing.compute_s, timing.batch = answer.queue_s, answer.compute_s, answer.batch
+    timing.ended = answer.ended
 
 
 Handler = Callable[[Request], Awaitable[Response]]
