@@ -281,6 +281,20 @@ def test_a_trailer_is_no_header(server):
         assert statuses(locked.say(data)) == [401]
 
 
+def test_the_end_of_one_body_is_not_taken_for_the_framing_of_the_next(server):
+    """Of large requests, one after the other on a connection, a read holds the end of one and the start of another."""
+    size = 120_000
+    head = PREDICT + b"Content-Length: %d\r\n\r\n" % size
+    with server.connect() as client:
+        client.sendall(head + bytes(10))
+        until(lambda: server.app.budget.used == 10)
+        client.sendall(bytes(size - 10) + head + bytes(10))
+        client.sendall(bytes(size - 10))
+        for _ in range(2):
+            status, _, body = read_answer(client)
+            assert (status, b"chunk" in body) == (400, False), body
+
+
 def test_who_is_refused_before_sending_the_body_cannot_go_on_with_what_may_be_a_body(server):
     with server.connect() as client:
         client.sendall(b"POST /nowhere HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 500\r\n\r\n")
