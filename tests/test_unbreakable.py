@@ -34,9 +34,9 @@ from live_server import Live, live, read_answer, rest, statuses, tiny_model, unt
 from mcruntime.bundle import load_bundle
 from mcruntime.errors import BundleError, DataError, InputError
 from mcruntime.external import external_files
+from mcruntime.server import body as body_module
 from mcruntime.server import metrics, pages, wiring
 from mcruntime.server.auth import Keys
-from mcruntime.server.body import UNPACKER
 from mcruntime.server.http import Flow
 from mcruntime.server.loader import find_in, source_of
 from mcruntime.server.options import ServerOptions
@@ -1004,17 +1004,23 @@ def test_what_a_body_unpacks_to_is_counted_and_given_back_whatever_comes_of_it()
         until(lambda: server.app.budget.used == 14 * MIB)
 
 
-def test_what_is_unpacked_for_a_client_that_hung_up_is_not_counted_for_ever():
-    gate = threading.Event()
+def test_what_is_unpacked_for_a_client_that_hung_up_is_not_counted_for_ever(monkeypatch):
+    begun, gate, unpack = threading.Event(), threading.Event(), body_module._unpack_rest
+
+    def slow(*arguments):
+        begun.set()
+        assert gate.wait(10)
+        return unpack(*arguments)
+
+    monkeypatch.setattr(body_module, "_unpack_rest", slow)
     with live(max_body_bytes=4 * MIB) as server:
-        UNPACKER.submit(gate.wait, 10)  # somebody else's
         client = server.connect()
         client.sendall(post("/predict", gzip.compress(bytes(3_000_000), mtime=0), "Content-Encoding: gzip"))
-        until(lambda: server.app.budget.used > 0)
+        assert begun.wait(5)
         client.close()
         until(lambda: server.app.budget.used == 0 and server.num_connections() == 0)
         gate.set()
-        UNPACKER.submit(int).result(10)  # after the one for the client
+        body_module.UNPACKER.submit(int).result(10)  # after the one for the client
         assert server.app.budget.used == 0
         assert server.app.reading == server.app.in_flight == 0
         still_answers(server)
