@@ -222,6 +222,38 @@ def test_a_certificate_that_kubernetes_renews_is_served_to_new_connections_and_n
         assert server.process.wait(30) == 0
 
 
+def test_grpc_serves_a_renewed_certificate_too(tmp_path):
+    import grpc
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    first, second = make_certificate(tmp_path, "first"), make_certificate(tmp_path, "second")
+    secret = Secret(tmp_path / "secret")
+    secret.put(cert=first[0], key=first[1])
+    arguments = "--tls-cert", secret.folder / "cert", "--tls-key", secret.folder / "key", "--grpc-port", "0"
+
+    def answers(port, trusted):
+        credentials = grpc.ssl_channel_credentials(trusted.read_bytes())
+        with grpc.secure_channel(f"127.0.0.1:{port}", credentials, [("grpc.use_local_subchannel_pool", 1)]) as channel:
+            try:
+                health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
+            except grpc.RpcError:
+                return False
+            return True
+
+    with Process(tmp_path, write_bundle(tmp_path / "b"), *arguments) as server:
+        assert server.port
+        port = int(server.process.stdout.readline().rsplit(":", 1)[1])
+        assert [answers(port, one) for one in (first[0], second[0])] == [True, False]
+        secret.put(cert=second[0], key=second[1])
+        server.hang_up("new connections get ")
+        assert [answers(port, one) for one in (first[0], second[0])] == [False, True]
+        secret.put(cert=first[0], key=second[1])
+        server.hang_up("what was there before stays")
+        assert [answers(port, one) for one in (first[0], second[0])] == [False, True]
+        server.send(signal.SIGTERM)
+        assert server.process.wait(30) == 0
+
+
 def test_an_authority_of_clients_that_was_taken_away_opens_no_more(tmp_path):
     server_pair, old, new = (make_certificate(tmp_path, name) for name in ("server", "old", "new"))
     authority = tmp_path / "authority.pem"

@@ -11,7 +11,6 @@ the whole server (seen with grpcio 1.85).
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -38,12 +37,24 @@ class GrpcServer:
         port: that it listens on.
     """
 
-    def __init__(self, server: Any, bridge: Bridge, threads: Threads, port: int) -> None:
+    def __init__(
+        self, server: Any, bridge: Bridge, threads: Threads, port: int, certificate: Certificate | None
+    ) -> None:
         self.port = port
+        self._certificate = certificate
         self._server = server
         self._bridge = bridge
         self._threads = threads
         self._sweeper = asyncio.create_task(bridge.give_up_on_the_late())
+
+    def read_certificate(self) -> None:
+        """Serve new connections the TLS files as they are now. Blocks.
+
+        Raises:
+            InputError: one is not what it should be; those from before are still served.
+        """
+        if self._certificate is not None:
+            self._certificate.read()
 
     async def stop(self, grace_s: float = GRACE_S) -> None:
         """Take no more calls, and cut off those that are not done after ``grace_s`` seconds."""
@@ -72,13 +83,14 @@ async def start(app: App, options: ServerOptions) -> GrpcServer:
     )
     address = f"[{options.host}]" if ":" in options.host else options.host
     try:
-        port = _open_port(server, f"{address}:{options.grpc_port}", options)
+        certificate = None if options.tls_cert is None else Certificate(options)
+        port = _open_port(server, f"{address}:{options.grpc_port}", certificate)
     except RuntimeError:  # grpc tells the reason to nobody
         raise InputError(
             f"{address}:{options.grpc_port}: cannot serve gRPC there; is it in use? choose another --grpc-port, or 0"
         ) from None
     server.start()
-    return GrpcServer(server, bridge, threads, port)
+    return GrpcServer(server, bridge, threads, port, certificate)
 
 
 def _channel_options(options: ServerOptions) -> list[tuple[str, int]]:
@@ -94,14 +106,39 @@ def _channel_options(options: ServerOptions) -> list[tuple[str, int]]:
     ]
 
 
-def _open_port(server: Any, address: str, options: ServerOptions) -> int:
-    if tls_context(options) is None:  # with its checks and texts
+class Certificate:
+    """The TLS files as grpc takes them, which asks for them at every connection.
+
+    Raises:
+        InputError: one is not what it should be.
+    """
+
+    def __init__(self, options: ServerOptions) -> None:
+        self._options = options
+        self.asks_clients = options.tls_client_ca is not None
+        self.read()
+
+    def __call__(self) -> Any:
+        return self._now
+
+    def read(self) -> None:
+        """Take the files as they are now.
+
+        Raises:
+            InputError: one is not what it should be; those from before are kept.
+        """
+        options = self._options
+        tls_context(options)  # with its checks and texts
+        paths = (options.tls_key, options.tls_cert, options.tls_client_ca)
+        try:
+            key, cert, ca = (None if path is None else path.read_bytes() for path in paths)
+        except OSError as error:  # since it was checked
+            raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from None
+        self._now = grpc.ssl_server_certificate_configuration([(key, cert)], root_certificates=ca)
+
+
+def _open_port(server: Any, address: str, certificate: Certificate | None) -> int:
+    if certificate is None:
         return int(server.add_insecure_port(address))
-
-    def read(path: Path | None) -> bytes | None:
-        return None if path is None else path.read_bytes()
-
-    pair = (read(options.tls_key), read(options.tls_cert))
-    ca = read(options.tls_client_ca)
-    credentials = grpc.ssl_server_credentials([pair], root_certificates=ca, require_client_auth=ca is not None)
+    credentials = grpc.dynamic_ssl_server_credentials(certificate(), certificate, certificate.asks_clients)
     return int(server.add_secure_port(address, credentials))

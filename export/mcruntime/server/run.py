@@ -278,7 +278,10 @@ class DrainingServer(uvicorn.Server):
             logger.info("read again: %s", words)
 
     def _read_certificate(self) -> None:
-        self._fresh_tls = tls_context(self._options)
+        fresh = tls_context(self._options)
+        if self.grpc is not None:
+            self.grpc.read_certificate()
+        self._fresh_tls = fresh
 
     async def _replace_certificate(self) -> None:
         """Listen with what was read. Not by changing the context in place: where that fails, half of a pair is left; an
