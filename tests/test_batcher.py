@@ -100,6 +100,35 @@ class Client:
         return answer
 
 
+class Caller:
+    """A thread that calls ``now``."""
+
+    def __init__(self, batcher, images):
+        self.images, self.rows = images, tuple(float(value) for value in images[:, 0, 0, 0])
+        self.found = []
+        self.thread = threading.Thread(target=self.call, args=(batcher,), daemon=True)
+        self.thread.start()
+
+    def call(self, batcher):
+        try:
+            self.found.append(batcher.now(self.images))
+        except BadImage as error:
+            self.found.append(error)
+
+    def outcome(self):
+        self.thread.join(10)
+        (found,) = self.found
+        return found
+
+    def check_own(self):
+        found = self.outcome()
+        if self.rows[0] % 1 == POISON:
+            assert isinstance(found, BadImage)
+        else:
+            assert (found.batch, found.queue_s) == (len(self.images), 0.0)
+            np.testing.assert_array_equal(found.logits, answer_to(self.images))
+
+
 @pytest.fixture
 def make():
     """A batcher behind a gate; whatever the test left waiting is answered at its end."""
@@ -160,6 +189,9 @@ class Schedules(RuleBasedStateMachine):
             workers=workers,
             on_run=self.runs.append,
         )
+        self.batcher._expected_s = {1: 0.0, 2: 0.0, 6: 0.0}  # known to be quick, and not learned otherwise at the gate
+        self.batcher._expect = lambda images, seconds: None
+        self.caller: Caller | None = None  # runs ``now``
         self.numbers = count(1)
         self.waiting: deque[Expected] = deque()
         self.workers = [Worker() for _ in range(workers)]
@@ -168,7 +200,7 @@ class Schedules(RuleBasedStateMachine):
 
     @rule(size=st.integers(1, 6), poison=st.sampled_from([False] * 4 + [True]), deadline=st.sampled_from([1, 2, 3]))
     def submit(self, size, poison, deadline):
-        free = [worker for worker in self.workers if not worker.running]
+        free = [worker for worker in self.workers if not worker.running and self.caller is None]
         try:
             client = Client(self.batcher, next(self.numbers), size, poison, LATER + deadline)
         except OverloadedError:
@@ -185,12 +217,35 @@ class Schedules(RuleBasedStateMachine):
         self.settle()
 
     @rule(size=st.integers(1, 2))
-    @precondition(lambda self: any(not worker.running for worker in self.workers))
+    @precondition(lambda self: any(not worker.running for worker in self.workers) and self.caller is None)
     def submit_too_late(self, size):
         """Its deadline has passed when a worker takes it."""
         client = Client(self.batcher, next(self.numbers), size, deadline=0.0)
         self.all.append(Expected(client, size, False, 0.0, is_open=False, wants=DeadlineError))
         assert isinstance(client.outcome(), DeadlineError)
+        self.settle()
+
+    @rule(size=st.integers(1, 6), poison=st.sampled_from([False] * 3 + [True]))
+    def now(self, size, poison):
+        """Only beside nothing else, only what is known to be quick, and only a size that is run."""
+        may_run = self.caller is None and not self.waiting and not any(worker.running for worker in self.workers)
+        may_run = may_run and size in (1, 2, 6) and (not self.buckets or size in self.buckets)
+        caller = Caller(self.batcher, images_of(next(self.numbers), size, poison))
+        if may_run:
+            until(lambda: self.engine.at_gate)
+            self.caller = caller
+        else:
+            assert caller.outcome() is None
+        self.settle()
+
+    @rule()
+    @precondition(lambda self: self.caller is not None)
+    def now_ends(self):
+        self.engine.let_go()
+        self.caller.check_own()
+        self.caller = None
+        for worker in self.workers:
+            self.next_of(worker)
         self.settle()
 
     @rule(data=st.data())
@@ -254,8 +309,9 @@ class Schedules(RuleBasedStateMachine):
     def all_is_as_expected(self):
         if not hasattr(self, "all"):
             return
+        called = [] if self.caller is None else [self.caller.rows]
         assert sorted(rows for rows, _ in self.engine.at_gate) == sorted(
-            self.rows_of(worker.running) for worker in self.workers if worker.running
+            called + [self.rows_of(worker.running) for worker in self.workers if worker.running]
         )
         assert self.batcher.num_waiting == len(self.waiting)
         for request in self.all:
@@ -275,7 +331,8 @@ class Schedules(RuleBasedStateMachine):
     def settle(self):
         """Until every worker is where the model says: at the gate, or waiting for work."""
         busy = sum(bool(worker.running) for worker in self.workers)
-        until(lambda: len(self.engine.at_gate) == busy and self.batcher._idle == len(self.workers) - busy)
+        running = busy + (self.caller is not None)
+        until(lambda: len(self.engine.at_gate) == running and self.batcher._idle == len(self.workers) - busy)
 
     def teardown(self):
         if not hasattr(self, "batcher"):
@@ -283,8 +340,13 @@ class Schedules(RuleBasedStateMachine):
         self.batcher.close()
         with pytest.raises(Closed):
             self.batcher.submit(images_of(0), lambda outcome: None)
+        assert self.batcher.now(images_of(0)) is None
+        if self.caller is not None:
+            assert not self.batcher.join(0.01), "the engine is in use"
         self.engine.open()
         assert self.batcher.join(10)
+        if self.caller is not None:
+            self.caller.check_own()
         for request in self.all:
             if request.is_open:
                 assert isinstance(request.client.outcome(), BadImage if request.poison else Answer)
@@ -312,6 +374,10 @@ def test_under_many_threads_everyone_gets_their_own_answer_once_and_nobody_is_fo
         random = np.random.default_rng(seed)
         for _ in range(150):
             number, size, poison = next(numbers), int(random.integers(1, 5)), random.random() < 0.1
+            if random.random() < 0.2:
+                caller = Caller(batcher, images_of(number + 10_000, size, poison))
+                if caller.outcome() is not None:
+                    caller.check_own()
             deadline = time.monotonic() + 0.0005 if random.random() < 0.1 else float("inf")
             try:
                 client = Client(batcher, number, size, poison, deadline, kick_follows=kicks)
@@ -672,3 +738,42 @@ def test_who_was_not_answered_is_not_counted_as_answered(make):
     engine.let_go()
     clients[2].check_own()
     assert [(run.images, len(run.queue_s)) for run in told] == [(1, 1), (2, 1)]
+
+
+def test_11_now_is_counted_once_and_its_failure_is_the_callers(make):
+    told = []
+    engine, batcher = make(on_run=told.append)
+    engine.open()
+    until(lambda: batcher._idle == 1)
+    assert batcher.now(images_of(1)) is None, "nobody knows yet how long it takes"
+    batcher._expected_s[1] = 0.0
+    answer = batcher.now(images_of(1))
+    assert (answer.batch, len(answer.logits)) == (1, 1)
+    with pytest.raises(BadImage):
+        batcher.now(images_of(2, poison=True))
+    batcher._infer = lambda images: answer_to(images)[1:]
+    with pytest.raises(RuntimeError):
+        batcher.now(images_of(3))
+    batcher._infer = engine.infer
+    assert [(ran.images, len(ran.queue_s), ran.failed) for ran in told] == [
+        (1, 1, False), (1, 1, True), (1, 1, True),
+    ]  # fmt: skip
+    Client(batcher, 4).check_own()
+
+
+def test_11_while_now_runs_the_queue_holds_no_more_than_it_may(make):
+    engine, batcher = make(max_queue=1)
+    until(lambda: batcher._idle == 1)
+    batcher._expected_s[1] = 0.0
+    caller = Caller(batcher, images_of(1))
+    until(lambda: engine.at_gate)
+    waits = Client(batcher, 2)
+    with pytest.raises(OverloadedError):
+        Client(batcher, 3)
+    batcher.close()
+    assert not batcher.join(0.05), "the engine is in use"
+    assert len(engine.at_gate) == 1
+    engine.open()
+    caller.check_own()
+    waits.check_own()
+    assert batcher.join(10)

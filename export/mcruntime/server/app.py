@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import os
 import re
 import time
@@ -58,8 +59,9 @@ EXTENSIONS = [
 REPOSITORY = r"/v2/repository(?:/[^/]+)?"
 COMPRESS_FROM = 512  # bytes of an answer
 COMPRESSORS = {"gzip": 31, "deflate": 15}
-T = TypeVar("T")
 MOST_LANES = 1000
+logger = logging.getLogger("mcruntime.server")
+T = TypeVar("T")
 
 
 class App:
@@ -429,11 +431,11 @@ class App:
 
     def observe(self, seen: Seen) -> None:
         """Tell those who want to know of a request that is over; also for gRPC's."""
-        for observer in self._observers:
-            observer(seen)
-        if seen.status >= 400:
-            for observer in self._refusals:
+        for observer in [*self._observers, *self._refusals] if seen.status >= 400 else self._observers:
+            try:
                 observer(seen)
+            except Exception:  # must not cost anyone an answer
+                logger.exception("a request was not observed")
 
     def finished(self, client: Client, request: Request, response: Response) -> None:
         """Count an answer, and tell those who want to know of it."""

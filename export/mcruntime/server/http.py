@@ -142,14 +142,16 @@ class ShortCycle:
     )
 
     def __init__(self, call: Call, keep_alive: bool) -> None:
-        self.call = call
+        self.call: Call | None = call
         self.keep_alive = keep_alive
         self.more_body = self.disconnected = self.response_started = self.response_complete = False
         self.message_event = NO_EVENT
 
     def cancel(self) -> None:
         """As a task's: the client is gone."""
-        self.call.cancel()
+        call, self.call = self.call, None
+        if call is not None:
+            call.cancel()
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +227,8 @@ class HttpProtocol(HttpToolsProtocol):
         self._task: asyncio.Task[None] | ShortCycle | None = None
         self._lane: Lane | None = None  # of the request that is being read, if it may go the short way
         self._body: list[bytes] = []  # its body
-        self._chunk = b""  # what is being parsed
+        self._is_between = True  # two requests: nothing of the next was read
+        self._chunk = b""  # what is being parsed, if a request begins with it
         self._said: Said | None = None
         self._keep_alive = True
         self._is_extra = False  # came when there were too many
@@ -269,7 +272,8 @@ class HttpProtocol(HttpToolsProtocol):
             return
         if before == IDLE:
             self._phase, self._since, self._head_bytes = HEAD, self.loop.time(), 0
-        self._chunk, self._chunk_bytes = data, size
+        self._chunk = data if self._is_between else b""
+        self._chunk_bytes = size
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserError:
@@ -288,15 +292,17 @@ class HttpProtocol(HttpToolsProtocol):
             self._head_bytes += size
             if self._head_bytes > self.limits.header_bytes:
                 self._refuse(*self._too_large())
-        elif before == self._phase == BODY:
+        elif self._phase == BODY:
             self._framed += size
-            self._check_pieces()
+            if before == BODY:
+                self._check_pieces()
 
     # -------------------------------------------------------------------------------------- what the parser calls back
     # On every request's way, so uvicorn's few lines are written out here instead of called.
 
     def on_message_begin(self) -> None:
         self.url, self.headers, self.expect_100_continue = b"", [], False
+        self._is_between = False
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._phase == BODY:  # a trailer; it must not pass for a header
@@ -307,6 +313,8 @@ class HttpProtocol(HttpToolsProtocol):
         self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
+        if self.transport.is_closing():  # comes after a request that was to be the last
+            raise Refusal
         limits = self.limits
         if len(self.headers) > limits.headers or len(self.url) > limits.url_bytes:
             self._reject(*self._too_large())
@@ -332,7 +340,8 @@ class HttpProtocol(HttpToolsProtocol):
         else:
             self._begin()
         self._phase = BODY
-        self._framed = self._body_bytes = self._pieces = 0
+        self._framed = -self._chunk_bytes  # what is in this chunk is none: it may hold the end of another body
+        self._body_bytes = self._pieces = 0
 
     def _may_be_short(self) -> bool:
         is_free = self.cycle is None or self.cycle.response_complete
@@ -407,9 +416,12 @@ class HttpProtocol(HttpToolsProtocol):
         cycle.message_event.set()
 
     def on_message_complete(self) -> None:
+        is_first = self._head_bytes >= 0  # that ends in this chunk
         self._phase = IDLE
+        self._is_between = True
         self._head_bytes = -self._chunk_bytes  # what is left of this chunk belongs to the next request
-        if self._lane is not None and self._took(self._lane):
+        chunk, self._chunk = self._chunk, b""
+        if self._lane is not None and self._took(self._lane, chunk, is_first=is_first):
             return
         cycle = self.cycle
         if cycle.response_complete:
@@ -418,30 +430,41 @@ class HttpProtocol(HttpToolsProtocol):
             cycle.more_body = False
             cycle.message_event.set()
 
-    def _took(self, lane: Lane) -> bool:
-        """Try the short way of a request that is whole."""
+    def _took(self, lane: Lane, chunk: bytes, *, is_first: bool) -> bool:
+        """Try the short way of a request that is whole.
+
+        Args:
+            chunk: that it came in, from its first byte on.
+            is_first: of its chunk.
+        """
         pieces = self._body
         body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         headers = dict(self.headers)
-        if not self._take(lane, headers, body):
+        if not self._take(lane, headers, body, is_first=is_first):
             self._leave_lane()
             return False
         self._lane, self._body = None, []
         if self._keep_alive and b"transfer-encoding" not in headers:
-            self._said = _said(self._chunk, len(body), lane, headers)
+            self._said = _said(chunk, len(body), lane, headers)
         return True
 
     def _took_again(self, said: Said, data: bytes) -> bool:
         """Try the short way of a request that begins as the one before did: its header was read and judged then."""
-        is_free = self._phase == IDLE and self._running is None and not self._is_extra and not self.flow.write_paused
+        is_free = (
+            self._is_between and self._phase == IDLE and self._running is None and not self._is_extra
+            and not self.flow.write_paused
+        )  # fmt: skip
         if not is_free:
             return False
         self._keep_alive = True
         return self._take(said.lane, said.headers, memoryview(data)[len(said.head) :])
 
-    def _take(self, lane: Lane, headers: dict[bytes, bytes], body: bytes | memoryview) -> bool:
-        """Let a lane have a request, of which nothing is left to be read."""
-        is_alone = self.crowd.enter(self, self.loop.time())
+    def _take(
+        self, lane: Lane, headers: dict[bytes, bytes], body: bytes | memoryview, *, is_first: bool = True
+    ) -> bool:
+        """Let a lane have a request, of which nothing is left to be read. At once only if it is the first of its chunk:
+        a chunk full of them would hold up the event loop."""
+        is_alone = self.crowd.enter(self, self.loop.time()) and is_first
         taken = lane.take(headers, body, self._visit, is_alone=is_alone)
         if isinstance(taken, Call):
             self.cycle = self._running = self._task = ShortCycle(taken, self._keep_alive)
@@ -453,6 +476,7 @@ class HttpProtocol(HttpToolsProtocol):
         """Write the answer to a request that went the short way, and waited."""
         cycle = self._running
         assert isinstance(cycle, ShortCycle)
+        cycle.call = None  # it holds the body, which this connection outlasts
         cycle.response_started = cycle.response_complete = True
         self._write(response, request_id, cycle.keep_alive)
         self.on_response_complete()
@@ -461,10 +485,10 @@ class HttpProtocol(HttpToolsProtocol):
         self._write(response, request_id, self._keep_alive)
 
     def _write(self, response: Response, request_id: str, keep_alive: bool) -> None:
-        if not keep_alive:
-            response.headers = (*response.headers, ("connection", "close"))
-        elif ("connection", "close") in response.headers:
+        if ("connection", "close") in response.headers:
             keep_alive = False
+        elif not keep_alive:
+            response.headers = (*response.headers, ("connection", "close"))
         self.transport.write(_as_bytes(response, request_id, self.server_state.default_headers))
         if not keep_alive:
             self.transport.close()

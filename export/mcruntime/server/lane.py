@@ -13,9 +13,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
-from mcruntime.server.batcher import Closed, Outcome, Ticket
+from mcruntime.server.batcher import Answer, Closed, Outcome, Ticket
 from mcruntime.server.body import Lease
-from mcruntime.server.errors import RequestError
 from mcruntime.server.models import Model
 from mcruntime.server.protocol import read_infer
 from mcruntime.server.tensors import InferRequest
@@ -79,9 +78,10 @@ class Lane:
         try:
             model = app.models.find(args["model"], args["version"])
             asked = read_infer(headers, body, model.spec)
-        except RequestError:
+        except Exception:  # is raised again there, and told
             return False
-        if is_alone and asked.timeout_s is None and self._answer_now(headers, asked, model, visit):
+        is_quick = is_alone and asked.timeout_s is None and app.budget.used + len(body) <= app.budget.max_bytes
+        if is_quick and self._answer_now(headers, asked, model, visit):
             return True
         return Call(self, headers, asked, visit).start(model, len(body))
 
@@ -91,19 +91,18 @@ class Lane:
         began = time.perf_counter()
         request: Request | None = None
         request_id = app.id_of(headers)
+        answer: Answer | None = None
         try:
             answer = model.now(asked.images)
             if answer is None:
                 return False
-            response = app.infer_response(headers, asked, model, answer)
-            visit.reply_now(response, request_id)
             if app.mirror is not None:
                 app.mirror(model, asked.images, answer)
+            response = app.infer_response(headers, asked, model, answer)
         except Exception as error:
-            answer = None
             request = self.note(headers, asked, model, request_id, began)
             response = app.refusal(error, request)
-            visit.reply_now(response, request_id)
+        visit.reply_now(response, request_id)
         if request is None and app.is_observed(response.status):
             request = self.note(headers, asked, model, request_id, began)
         if request is None:
@@ -198,6 +197,7 @@ class Call:
 
     def _close(self, response: Response) -> None:
         self._is_over = True
+        self._ticket = None  # leads back to this call: a circle, and the images in it
         self._lease.close()
         self._app.count_in_flight(-1)
         self._app.finished(self._visit.client, self._request, response)

@@ -104,7 +104,10 @@ class Model:
 
         def deliver(outcome: Outcome) -> None:
             if threading.get_ident() == thread:
-                told(outcome)
+                try:
+                    told(outcome)
+                except Exception:  # would take the answers of the others in its batch along
+                    logger.exception("an answer was not handed on")
                 return
             try:
                 loop.call_soon_threadsafe(told, outcome)
