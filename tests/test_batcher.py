@@ -777,3 +777,13 @@ def test_11_while_now_runs_the_queue_holds_no_more_than_it_may(make):
     caller.check_own()
     waits.check_own()
     assert batcher.join(10)
+
+
+def test_11_now_does_not_overtake_what_was_announced(make):
+    batcher, _ = here_or_there(make)
+    batcher._expected_s[1] = 0.0
+    first = announced(batcher, 1)
+    assert batcher.now(images_of(2)) is None
+    batcher.kick()
+    assert len(first) == 1
+    assert batcher.now(images_of(2)) is not None
