@@ -240,7 +240,7 @@ SAME = {
     "an infinite answer in JSON": in_binary(np.full((1, 3, 8, 8), 3e38, np.float32)),
     "an unknown version": in_binary(path="/v2/models/tiny/versions/7/infer"),
     "too large a body": request(b"x" * 20_000),
-    "more bytes than all may be": request(b" " * 13_000 + in_json()),
+    "more bytes than all may be": request(b" " * 8_000 + in_json()),
 }  # fmt: skip
 
 
@@ -427,7 +427,8 @@ def test_not_more_than_one_request_of_a_chunk_is_run_before_others_get_their_tur
 
 
 @pytest.mark.parametrize("header", ["Connection: close", "Connection: keep-alive, close"])
-def test_what_follows_the_last_request_of_a_connection_is_not_run(header):
+def test_what_follows_the_last_request_of_a_connection_is_not_run(header, monkeypatch):
+    monkeypatch.setattr(Crowd, "enter", lambda crowd, connection, now: True)
     ran = []
 
     def infer(images):
@@ -456,12 +457,12 @@ def test_an_answer_that_nobody_reads_holds_up_the_requests_behind_it():
         client.settimeout(0.5)
         message = in_binary(some_images(4), more=classes(500))
         with contextlib.suppress(TimeoutError):
-            for _ in range(150):
+            for _ in range(60):
                 client.sendall(message)
-                time.sleep(0.003)  # so that most come one by one
+                time.sleep(0.015)  # so that most come one by one
         (connection,) = server.server.server_state.connections
         assert connection.transport.get_write_buffer_size() < 4 << 20
-        assert server.app.answered[200] < 50
+        assert server.app.answered[200] < 40
 
 
 # ------------------------------------------------------------------------------------------------------- who may ask

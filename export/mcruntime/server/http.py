@@ -313,8 +313,6 @@ class HttpProtocol(HttpToolsProtocol):
         self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
-        if self.transport.is_closing():  # comes after a request that was to be the last
-            raise Refusal
         limits = self.limits
         if len(self.headers) > limits.headers or len(self.url) > limits.url_bytes:
             self._reject(*self._too_large())
