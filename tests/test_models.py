@@ -612,3 +612,37 @@ def test_the_index_is_read_while_models_come_and_go():
         names = {row["name"] for row in app.models.index()}
         entry.loaded = dict(entry.loaded)
     assert "tiny" in names
+
+
+def test_those_whose_statistics_are_asked_for_are_all_of_a_name_or_one_in_the_order_of_their_numbers():
+    models = Models()
+    for name, version in (("b", "10"), ("b", "9"), ("a", "1")):
+        models.add(model_of(name=name, version=version))
+
+    def chosen(*which):
+        return [(model.spec.name, model.spec.version) for model in models.chosen(*which)]
+
+    try:
+        assert chosen() == [("a", "1"), ("b", "9"), ("b", "10")]
+        assert chosen("b") == [("b", "9"), ("b", "10")]
+        assert chosen("b", "10") == [("b", "10")]
+        for which in (("c",), ("b", "11"), ("c", "1")):
+            with pytest.raises(NotFoundError):
+                chosen(*which)
+    finally:
+        models.close()
+
+
+def test_the_index_can_be_of_what_answers_only():
+    async def unloaded():
+        await models.unload("b")
+
+    models = Models()
+    models.add(model_of(name="a"))
+    models.add(model_of(name="b"))
+    asyncio.run(unloaded())
+    try:
+        assert [(row["name"], row["state"]) for row in models.index()] == [("a", "READY"), ("b", "UNAVAILABLE")]
+        assert [row["name"] for row in models.index(only_ready=True)] == ["a"]
+    finally:
+        models.close()

@@ -281,16 +281,11 @@ class App:
         return as_json(model_config(self._find(request)))
 
     async def _statistics(self, request: Request) -> Response:
-        if request.args["version"]:
-            found = [self._find(request)]
-        else:
-            self._find(request)
-            name = request.args["model"]
-            found = [self.models.find(name, number) for number in self.models.versions(name)]
+        found = self.models.chosen(request.args["model"], request.args["version"])
         return as_json({"model_stats": [self._stats_of(model) for model in found]})
 
     async def _all_statistics(self, request: Request) -> Response:
-        return as_json({"model_stats": [self._stats_of(model) for model in self.models]})
+        return as_json({"model_stats": [self._stats_of(model) for model in self.models.chosen()]})
 
     def _stats_of(self, model: Model) -> dict[str, Any]:
         return model.statistics.as_dict(model.spec.name, model.spec.version)
@@ -301,8 +296,7 @@ class App:
         if not isinstance(only_ready, bool):
             raise RequestError("'ready' must be true or false")
         loop = asyncio.get_running_loop()
-        rows = await loop.run_in_executor(self._decoders, self.models.index)
-        return as_json([row for row in rows if row["state"] == "READY" or not only_ready])
+        return as_json(await loop.run_in_executor(self._decoders, self.models.index, only_ready))
 
     async def _load(self, request: Request) -> Response:
         self._check_control(request)

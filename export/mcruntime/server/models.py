@@ -267,6 +267,20 @@ class Models:
         """Those that are loaded, oldest first."""
         return sorted(self._entries[name].loaded, key=int) if name in self._entries else []
 
+    def chosen(self, name: str = "", version: str = "") -> list[Model]:
+        """Those whose statistics are asked for: all of them, all versions of a name, or one.
+
+        Raises:
+            NotFoundError: no such name or version, or not loaded.
+        """
+        if not name:
+            return list(self)
+        if version:
+            return [self.find(name, version)]
+        self.find(name)
+        loaded = self._entries[name].loaded
+        return [loaded[number] for number in sorted(loaded, key=int)]
+
     def __iter__(self) -> Any:
         """Every loaded version of every model."""
         for _, entry in sorted(self._entries.copy().items()):
@@ -339,8 +353,15 @@ class Models:
         entry.reasons.pop(model.spec.version, None)
         return before
 
-    def index(self) -> list[dict[str, str]]:
-        """Every name and version that is known, as the repository extension lists them."""
+    def index(self, only_ready: bool = False) -> list[dict[str, str]]:
+        """Every name and version that is known, as the repository extension lists them.
+
+        Args:
+            only_ready: leave out what does not answer.
+
+        Raises:
+            RequestError: 500; the repository cannot be read.
+        """
         entries = list(self._entries.items())  # not on the loop's thread: they may change meanwhile
         known: dict[str, set[str]] = {name: set(entry.loaded) | set(entry.reasons) for name, entry in entries}
         for source in self._look():
@@ -356,7 +377,7 @@ class Models:
                     rows.append(
                         {"name": name, "version": version, "state": entry.state or "UNAVAILABLE", "reason": reason}
                     )
-        return rows
+        return [row for row in rows if row["state"] == "READY" or not only_ready]
 
     async def load(self, name: str, *, changed_only: bool = False) -> None:
         """Load all versions of a name, or load them again; the old ones answer until all the new ones have proved
