@@ -18,7 +18,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -1250,6 +1252,62 @@ def test_a_stop_answers_what_is_in_flight_and_refuses_what_is_new(gate):
         assert (after.infer_response.id, after.error_message) == ("after", "the server is shutting down")
         open_stream.put(None)
     assert server.server.num_cut_off == 0
+
+
+def test_clients_that_ask_without_end_get_answers_until_the_stop_and_then_our_refusal():
+    outcomes = Counter()
+
+    def ask(method):
+        while True:
+            try:
+                method(infer_request(), timeout=WAIT_S)
+                outcomes["OK", ""] += 1
+            except grpc.RpcError as error:
+                if "failed to connect" in error.details():
+                    return
+                outcomes[error.code().name, error.details()] += 1
+
+    with serving() as (server, _), contextlib.ExitStack() as stack, ThreadPoolExecutor(16) as pool:
+        clients = [Client(server.server.grpc.port) for _ in range(4)]
+        for one in clients:
+            stack.enter_context(one.channel)
+        asking = [pool.submit(ask, one.method("ModelInfer")) for one in clients * 4]
+        until(lambda: outcomes["OK", ""] > 50)
+        server.app.draining = True
+        server.server.should_exit = True
+        for one in asking:
+            one.result(WAIT_S)
+    assert outcomes.keys() == {("OK", ""), ("UNAVAILABLE", "the server is shutting down")}
+
+
+def test_a_stream_that_waits_is_told_of_the_stop():
+    with serving() as (server, client):
+        messages = queue.SimpleQueue()
+        stream = client.method("ModelStreamInfer", "stream_stream")(iter(messages.get, None), timeout=WAIT_S)
+        messages.put(infer_request())
+        assert next(stream).error_message == ""
+        server.app.draining = True
+        server.server.should_exit = True
+        assert refused(grpc.StatusCode.UNAVAILABLE, next, stream).details() == "the server is shutting down"
+        messages.put(None)
+
+
+def test_a_call_that_waits_when_the_drain_is_over_is_told_so(gate):
+    with serving(tiny_model(gate), drain_s=0.2) as (server, client):
+        running = client.method("ModelInfer").future(infer_request())
+        until(lambda: gate.batches)
+        waiting = client.method("ModelInfer").future(infer_request())
+        messages = queue.SimpleQueue()
+        stream = client.method("ModelStreamInfer", "stream_stream")(iter(messages.get, None), timeout=WAIT_S)
+        messages.put(infer_request())
+        until(lambda: server.app.in_flight == 3)
+        server.app.draining = True
+        server.server.should_exit = True
+        for call in (running.result, waiting.result, partial(next, stream)):
+            assert refused(grpc.StatusCode.UNAVAILABLE, call).details() == "the server is shutting down"
+        messages.put(None)
+        gate.open.set()
+    assert server.server.num_cut_off == 3
 
 
 def test_a_port_in_use_is_an_error_before_anything_is_loaded(tiny, tmp_path):

@@ -25,7 +25,7 @@ from grpc_reflection.v1alpha import reflection
 from mcruntime.server import oip
 from mcruntime.server.app import App
 from mcruntime.server.batcher import Answer, Closed, Outcome, Ticket
-from mcruntime.server.errors import DeadlineError, RequestError, as_told
+from mcruntime.server.errors import DeadlineError, RequestError, UnavailableError, as_told
 from mcruntime.server.models import Model
 from mcruntime.server.seen import Seen
 from mcruntime.server.tensors import InferRequest
@@ -33,6 +33,7 @@ from mcruntime.server.tracing import GRPC_CODES
 from mcruntime.server.web import HUNG_UP, Request, note_answer
 
 STREAM_IDLE_S = 60.0  # after which a stream without a message, and with all of them answered, is ended
+GOODBYE = "the server is shutting down"
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 CHECK, WATCH = f"/{HEALTH}/Check", f"/{HEALTH}/Watch"
 REFLECTION = f"/{reflection.SERVICE_NAME}/ServerReflectionInfo"
@@ -67,10 +68,13 @@ class Bridge:
 
     Attributes:
         stopping: set when the server takes no more calls.
+        parted: set once clients were told to open no more calls on their connections; held ones may be answered.
     """
 
     def __init__(self, app: App, loop: asyncio.AbstractEventLoop) -> None:
         self.stopping = threading.Event()
+        self.parted = threading.Event()
+        self._enders: set[Callable[[], object]] = set()  # each ends a call that waits for something
         self._app = app
         self._loop = loop
         self._timeout_s = app.options.body_timeout_s
@@ -98,7 +102,7 @@ class Bridge:
             Exception: what grpc raises once the client was told that its stream was idle for too long.
         """
         room = threading.Semaphore(count)
-        found: queue.SimpleQueue[T | None] = queue.SimpleQueue()
+        found: queue.SimpleQueue[T | RequestError | None] = queue.SimpleQueue()
         is_over = threading.Event()
         idle_s = max(STREAM_IDLE_S, self._timeout_s)  # one message may take the latter
 
@@ -120,17 +124,18 @@ class Bridge:
         if not call.context.add_callback(end):
             end()
         threading.Thread(target=read, name="grpc-stream", daemon=True).start()
-        while True:
-            try:
-                item = found.get(timeout=idle_s)
-            except queue.Empty:
-                late = DeadlineError(f"the stream had no message for {idle_s:g} s; open another")
-                self.answer(call, partial(fail, late))
-                return
-            if item is None:
-                return
-            yield item
-            room.release()
+        with self.ended_by(partial(found.put, UnavailableError(GOODBYE))):
+            while True:
+                try:
+                    item = found.get(timeout=idle_s)
+                except queue.Empty:
+                    item = DeadlineError(f"the stream had no message for {idle_s:g} s; open another")
+                if isinstance(item, RequestError):
+                    self.answer(call, partial(fail, item))
+                if item is None or isinstance(item, RequestError):
+                    return
+                yield item
+                room.release()
 
     async def give_up_on_the_late(self) -> None:
         """Cancel calls whose message does not arrive in time. Runs on the loop until it is cancelled itself."""
@@ -151,9 +156,12 @@ class Bridge:
         """
         try:
             answer = work()
-        except CancelledError:  # mostly since the call is over, and nobody hears this
+        except CancelledError:
+            if self.parted.is_set():
+                never: T = self.answer(call, partial(fail, UnavailableError(GOODBYE)))
+                return never
             self.observe(call, HUNG_UP, "the call was cancelled")
-            call.context.abort(grpc.StatusCode.UNAVAILABLE, "the server is shutting down")
+            call.context.abort(grpc.StatusCode.UNAVAILABLE, GOODBYE)  # mostly nobody hears this: the call is over
         except grpc.RpcError:
             raise
         except Exception as error:
@@ -175,7 +183,8 @@ class Bridge:
         future = self.submit(work)
         if not call.context.add_callback(future.cancel):
             future.cancel()
-        return future.result()
+        with self.ended_by(future.cancel):
+            return future.result()
 
     def submit(self, work: Callable[[], Coroutine[Any, Any, T]]) -> Future[T]:
         """Start a coroutine on the event loop."""
@@ -210,7 +219,8 @@ class Bridge:
             gone = partial(self._cancel, model, ticket, outcomes)
             if not call.context.add_callback(gone):
                 gone()
-            answer = self._await(model, ticket, outcomes, deadline)
+            with self.ended_by(gone):
+                answer = self._await(model, ticket, outcomes, deadline)
             model.check(asked.images, answer)
             return model, answer
 
@@ -234,6 +244,27 @@ class Bridge:
         if model.batcher.cancel(ticket):
             model.statistics.failed("canceled", time.monotonic() - ticket.arrived)
             outcomes.put(None)
+
+    def hold(self) -> None:
+        """Wait until a refusal may go out: who asks again as soon as refused must have been told not to do it here.
+        Blocks."""
+        if self.stopping.is_set():
+            self.parted.wait()
+
+    def part(self) -> None:
+        """Clients were told that their connections end: let all calls that wait be answered now."""
+        self.parted.set()
+        for end in self._enders.copy():
+            end()
+
+    @contextlib.contextmanager
+    def ended_by(self, end: Callable[[], object]) -> Iterator[None]:
+        """``end`` is called if the server stops meanwhile."""
+        self._enders.add(end)
+        try:
+            yield
+        finally:
+            self._enders.discard(end)
 
     @contextlib.contextmanager
     def in_flight(self, count: int = 1) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -12,7 +13,7 @@ import grpc
 
 from mcruntime.server.app import App
 from mcruntime.server.errors import OverloadedError, RequestError, UnavailableError
-from mcruntime.server.grpc_calls import OPEN_TO_ALL, PROBES, WORK, Bridge, Call, fail, headers_of
+from mcruntime.server.grpc_calls import GOODBYE, OPEN_TO_ALL, PROBES, WORK, Bridge, Call, fail, headers_of
 
 
 class Door(grpc.GenericRpcHandler):  # type: ignore[misc]
@@ -29,6 +30,7 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]
         self._lock = threading.Lock()
         self._calls: Counter[str] = Counter()  # by connection
         self._num_calls = 0
+        self.last_call = 0.0  # on time.monotonic's clock
         self._handlers = {
             path: handler if path in PROBES else self._bounded(path, handler) for path, handler in handlers.items()
         }
@@ -36,10 +38,13 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]
     def service(self, details: Any) -> Any:
         """What answers a call; None: there is no such method."""
         path, keys = details.method, self._app.keys
+        self.last_call = time.monotonic()
+        if self._bridge.stopping.is_set():
+            return self._refuse(path, UnavailableError(GOODBYE))
         if keys is not None and path not in OPEN_TO_ALL and not keys.allow(headers_of(details.invocation_metadata)):
             return self._refuse(path, RequestError("an API key is needed: authorization: Bearer KEY", 401))
         if self._app.draining and path in WORK:
-            return self._refuse(path, UnavailableError("the server is shutting down"))
+            return self._refuse(path, UnavailableError(GOODBYE))
         return self._handlers.get(path)
 
     def _bounded(self, path: str, handler: Any) -> Any:
@@ -97,6 +102,7 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]
         """A handler that reads nothing; on the wire it fits every kind of method."""
 
         def refuse(requests: Any, context: Any) -> Iterator[bytes]:
+            self._bridge.hold()
             self._bridge.answer(Call(path, context, self._app), partial(fail, error))
             yield b""  # never reached: an error was answered
 

@@ -11,6 +11,7 @@ the whole server (seen with grpcio 1.85).
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 import grpc
@@ -25,7 +26,9 @@ from mcruntime.server.grpc_threads import Threads
 from mcruntime.server.options import ServerOptions
 from mcruntime.server.tls import tls_context
 
-GRACE_S = 1.0  # for answers on their way, and streams that only wait, once nothing is in flight
+GATHER_S = 0.4  # in which clients that ask without end are gathered, so that all hear of the end before their refusal
+QUIET_S = 0.1  # without a call, after which nobody more is expected to ask
+GRACE_S = 0.6  # for answers on their way, once nothing is in flight
 IDLE_S = 600.0  # after which a connection without calls is closed; clients open another by themselves
 RESERVED = 16  # calls beyond the limit, kept for those who ask whether the server lives
 
@@ -38,11 +41,12 @@ class GrpcServer:
     """
 
     def __init__(
-        self, server: Any, bridge: Bridge, threads: Threads, port: int, certificate: Certificate | None
+        self, server: Any, door: Door, bridge: Bridge, threads: Threads, port: int, certificate: Certificate | None
     ) -> None:
         self.port = port
         self._certificate = certificate
         self._server = server
+        self._door = door
         self._bridge = bridge
         self._threads = threads
         self._sweeper = asyncio.create_task(bridge.give_up_on_the_late())
@@ -57,9 +61,18 @@ class GrpcServer:
             self._certificate.read()
 
     async def stop(self, grace_s: float = GRACE_S) -> None:
-        """Take no more calls, and cut off those that are not done after ``grace_s`` seconds."""
+        """Take no more calls, and cut off those that are not done after ``grace_s`` seconds.
+
+        grpc answers CANCELLED to what its core holds when it stops, and to what comes until the client has heard of it.
+        So calls are held until nobody who waits for answers has anything left to ask, and refused behind the word
+        (GOAWAY) that their connection ends. Who never waits for answers may still hit that moment.
+        """
         self._bridge.stopping.set()
+        latest = time.monotonic() + GATHER_S
+        while (now := time.monotonic()) < (until := min(latest, self._door.last_call + QUIET_S)):
+            await asyncio.sleep(until - now)
         ended = self._server.stop(grace_s)
+        self._bridge.part()
         await asyncio.to_thread(ended.wait)
         self._threads.shutdown()
         self._sweeper.cancel()
@@ -74,10 +87,11 @@ async def start(app: App, options: ServerOptions) -> GrpcServer:
     bridge = Bridge(app, asyncio.get_running_loop())
     services = (Service(app, bridge), Health(app, bridge), Reflection(app, bridge))
     handlers = {path: handler for service in services for path, handler in service.handlers().items()}
+    door = Door(app, bridge, handlers)
     most, threads = options.max_connections + RESERVED, Threads("grpc")
     server = grpc.server(
         threads,  # one for every call in flight
-        handlers=(Door(app, bridge, handlers),),
+        handlers=(door,),
         options=_channel_options(options),
         maximum_concurrent_rpcs=most,
     )
@@ -90,7 +104,7 @@ async def start(app: App, options: ServerOptions) -> GrpcServer:
             f"{address}:{options.grpc_port}: cannot serve gRPC there; is it in use? choose another --grpc-port, or 0"
         ) from None
     server.start()
-    return GrpcServer(server, bridge, threads, port, certificate)
+    return GrpcServer(server, door, bridge, threads, port, certificate)
 
 
 def _channel_options(options: ServerOptions) -> list[tuple[str, int]]:

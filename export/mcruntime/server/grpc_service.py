@@ -17,7 +17,7 @@ from mcruntime.server.app import EXTENSIONS, VERSION, App, refuse_control, refus
 from mcruntime.server.body import Lease
 from mcruntime.server.config import model_config
 from mcruntime.server.errors import NotFoundError, RequestError, UnavailableError
-from mcruntime.server.grpc_calls import INFER, STREAM, WORK, Bridge, Call
+from mcruntime.server.grpc_calls import GOODBYE, INFER, STREAM, WORK, Bridge, Call, fail
 from mcruntime.server.grpc_health import is_ready
 from mcruntime.server.grpc_protocol import format_infer, parse_infer, read_message
 from mcruntime.server.models import Model
@@ -99,7 +99,7 @@ class Service:
         is_work = call.path in WORK
         with self._bridge.in_flight(is_work), Lease(self._app.budget) as lease:
             if is_work and self._app.draining:
-                raise UnavailableError("the server is shutting down")
+                raise UnavailableError(GOODBYE)
             lease.take(len(data))
             yield data
 
@@ -118,10 +118,14 @@ class Service:
 
         context.add_callback(end)
         call = Call(STREAM, context, self._app)
-        with contextlib.suppress(CancelledError):
-            for future in self._bridge.read_ahead(call, requests, MAX_AHEAD, begin):
-                yield future.result()
-                pending.discard(future)
+        try:
+            with self._bridge.ended_by(end):
+                for future in self._bridge.read_ahead(call, requests, MAX_AHEAD, begin):
+                    yield future.result()
+                    pending.discard(future)
+        except CancelledError:  # the call is over, or the server
+            if self._bridge.parted.is_set():
+                self._bridge.answer(call, partial(fail, UnavailableError(GOODBYE)))
 
     async def _stream_answer(self, data: bytes, context: Any) -> bytes:
         """The answer to one request of a stream; an error is an answer, too, and the stream goes on."""
@@ -170,21 +174,14 @@ class Service:
         return json_format.ParseDict({"config": model_config(self._find(message))}, self._answer("ModelConfig"))
 
     async def _statistics(self, message: Any, call: Request) -> Any:
-        if not message.name:
-            found = list(self._models)
-        elif message.version:
-            found = [self._find(message)]
-        else:
-            self._find(message)
-            found = [self._models.find(message.name, number) for number in self._models.versions(message.name)]
+        found = self._models.chosen(message.name, _checked(message.version))
         trees = [model.statistics.as_dict(model.spec.name, model.spec.version) for model in found]
         return json_format.ParseDict({"model_stats": trees}, self._answer("ModelStatistics"))
 
     # --------------------------------------------------------------------------------------------------- the repository
 
     async def _index(self, message: Any, call: Request) -> Any:
-        rows = await asyncio.to_thread(self._models.index)
-        rows = [row for row in rows if row["state"] == "READY" or not message.ready]
+        rows = await asyncio.to_thread(self._models.index, message.ready)
         return self._answer("RepositoryIndex", models=rows)
 
     async def _load(self, message: Any, call: Request) -> Any:
@@ -210,13 +207,21 @@ class Service:
         return chosen, asked
 
     def _find(self, message: Any, name: str = "name", version: str = "version") -> Model:
-        number = getattr(message, version)
-        if number and not (number.isascii() and number.isdecimal()):
-            raise RequestError(
-                f"failed to get model version from specified version string '{number[:20]}', version should be an "
-                "integral value > 0"
-            )
-        return self._models.find(getattr(message, name), number)
+        return self._models.find(getattr(message, name), _checked(getattr(message, version)))
 
     def _answer(self, method: str, /, **fields: Any) -> Any:
         return self._messages[method][1](**fields)
+
+
+def _checked(version: str) -> str:
+    """A version that a client names; "": none.
+
+    Raises:
+        RequestError: it is no number.
+    """
+    if version and not (version.isascii() and version.isdecimal()):
+        raise RequestError(
+            f"failed to get model version from specified version string '{version[:20]}', version should be an "
+            "integral value > 0"
+        )
+    return version
