@@ -26,8 +26,8 @@ from mcruntime.server.grpc_threads import Threads
 from mcruntime.server.options import ServerOptions
 from mcruntime.server.tls import tls_context
 
-GATHER_S = 0.4  # in which clients that ask without end are gathered, so that all hear of the end before their refusal
-QUIET_S = 0.1  # without a call, after which nobody more is expected to ask
+GATHER_S = 0.15  # in which clients that ask without end are gathered, so that all hear of the end before their refusal
+QUIET_S = 0.05  # without a call, after which nobody more is expected to ask
 GRACE_S = 0.6  # for answers on their way, once nothing is in flight
 IDLE_S = 600.0  # after which a connection without calls is closed; clients open another by themselves
 RESERVED = 16  # calls beyond the limit, kept for those who ask whether the server lives
