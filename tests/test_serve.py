@@ -858,7 +858,8 @@ def test_sigterm_answers_the_request_in_flight_refuses_new_ones_and_exits_with_0
 
         host, port = server.url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=10) as slow:
-            head = f"POST {INFER} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\nExpect: 100-continue\r\n\r\n"
+            start = f"POST {INFER} HTTP/1.1\r\nHost: localhost\r\n"
+            head = f"{start}Content-Length: {len(body)}\r\nExpect: 100-continue\r\n\r\n"
             slow.sendall(head.encode() + body[:-1])
             assert slow.recv(65536).startswith(b"HTTP/1.1 100 ")  # the server reads the body: the request is in flight
             server.process.send_signal(signal.SIGTERM)

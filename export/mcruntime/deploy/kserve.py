@@ -56,7 +56,7 @@ COPY = {  # by scheme
     "https": "az storage copy --recursive --source 'storage/*' --destination {uri}",
     "pvc": "kubectl cp storage/. POD:MOUNT/{path}   # POD mounts the claim {claim} at MOUNT",
 }
-NOT_RUN = "no KServe ran it here: the files are held against KServe's types and CRDs only, so try them before you rely on them"
+NOT_RUN = "no KServe ran it here: the files are held against KServe's types and CRDs only, so try them first"
 
 
 def package_kserve(

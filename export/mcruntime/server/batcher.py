@@ -18,8 +18,8 @@ Invariants, each held by a property test (tests/test_batcher.py):
 8.  Alone in error: when a batch fails, its requests are run one by one, so that only the guilty one gets the error.
 9.  Cancelled is gone: a cancelled request is delivered nothing, and is never run if it was still waiting.
 10. Closing loses nothing: what was accepted before ``close`` is answered; afterwards ``submit`` raises Closed.
-11. Now is alone: ``now`` runs only while nothing else runs or waits; what comes meanwhile waits its turn, as do ``join``
-    and so the engine's end.
+11. Now is alone: ``now`` runs only while nothing else runs or waits; what comes meanwhile waits its turn, as ``join``
+    does and so the engine's end.
 
 No asyncio and no model in here. The answers are views of what ``infer`` returned, which it must not write to again.
 ``deliver`` is called in a worker's thread (or in the caller's of ``expire``), outside
