@@ -59,6 +59,7 @@ def test_requested_outputs_do_not_hide_a_nested_list():
     outputs = b',"outputs":[{"name":"logits"}]'
     assert read_flat(request(b"[1,2]", after=outputs)) is not None
     assert read_flat(request(b"[1,[2]]", after=outputs)) is None
+    assert read_flat(request(b"[[1,2]]", after=b',"outputs":null')) is None
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,7 @@ from mcruntime.server.app import EXTENSIONS, App
 from mcruntime.server.auth import Keys
 from mcruntime.server.config import model_config
 from mcruntime.server.grpc_calls import host_of
+from mcruntime.server.grpc_door import RESERVED
 from mcruntime.server.grpc_server import start
 from mcruntime.server.grpc_service import Service
 from mcruntime.server.grpc_threads import Threads
@@ -772,6 +773,48 @@ def test_a_message_that_does_not_arrive_in_time_ends_its_call(path):
             stop.set()
         assert client.call("ModelInfer", infer_request(), timeout=WAIT_S)
         assert server.app.in_flight == 0
+
+
+def test_probes_of_one_connection_that_say_nothing_leave_room_for_everybody_else():
+    with serving(max_connections=4) as (server, client):
+        stop = threading.Event()
+
+        def never():
+            stop.wait(WAIT_S)
+            yield b""
+
+        calls = [client.channel.stream_unary(HEALTH).future(never()) for _ in range(4 + RESERVED + 8)]
+        try:
+            until(lambda: sum(call.done() for call in calls) >= len(calls) - RESERVED * 3 // 4)
+            codes = {call.code() for call in calls if call.done()}
+            assert codes <= {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED}
+            other = Client(server.server.grpc.port)
+            with other.channel:
+                assert other.call("ServerLive").live
+                assert other.call("ModelInfer", infer_request())
+        finally:
+            stop.set()
+            for call in calls:
+                call.cancel()
+
+
+def test_a_key_that_is_taken_away_ends_its_streams_too(tmp_path):
+    path = tmp_path / "keys"
+    path.write_text("a" * 32)
+    keys = Keys(path)
+    with serving(keys=keys) as (_, client):
+        requests: queue.SimpleQueue = queue.SimpleQueue()
+        metadata = (("authorization", "Bearer " + "a" * 32),)
+        answers = client.method("ModelStreamInfer", "stream_stream")(
+            iter(requests.get, None), metadata=metadata, timeout=WAIT_S
+        )
+        requests.put(infer_request())
+        assert not next(answers).error_message
+        path.write_text("b" * 32)
+        keys.read_again()
+        requests.put(infer_request())
+        assert "an API key is needed" in next(answers).error_message
+        requests.put(None)
 
 
 def test_a_connection_that_says_nothing_is_closed():

@@ -249,7 +249,15 @@ def test_an_exception_in_the_progress_ends_the_build_and_comes_out(fakes, model,
     assert not (tmp_path / "out").exists()
 
 
-def test_ctrl_c_in_the_waiting_thread_stops_tensorrt_at_its_next_step(fake, model, tmp_path):
+@pytest.fixture
+def ctrl_c():
+    """SIGINT raises KeyboardInterrupt, whatever the tests before have left."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_in_the_waiting_thread_stops_tensorrt_at_its_next_step(fake, model, tmp_path, ctrl_c):
     started, steps = threading.Event(), []
     main = threading.main_thread().ident
 

@@ -37,7 +37,7 @@ def read_flat(text: bytes) -> dict[str, Any] | None:
             return None
         tensor = _without(inputs[0], "data")
         # Nested lists would come out flat, so there must be none: inputs, shape, data and perhaps outputs open a list.
-        if tensor is None or text.count(b"[") != 3 + ("outputs" in tree):
+        if tensor is None or text.count(b"[") != 3 + isinstance(tree.get("outputs"), list):
             return None
         numbers = np.frombuffer(inputs[0]["data"].as_buffer(of_type="d"), np.float64)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError):  # simdjson's, or not the shape of a request

@@ -319,6 +319,9 @@ def fail(error: RequestError) -> Any:
     raise error
 
 
+NO_KEY = "an API key is needed: authorization: Bearer KEY"
+
+
 def headers_of(metadata: Iterable[tuple[str, str | bytes]]) -> dict[bytes, bytes]:
     """A call's metadata in the form of HTTP's headers, which it is."""
     return {key.encode(): value if isinstance(value, bytes) else value.encode() for key, value in metadata or ()}

@@ -19,7 +19,7 @@ import grpc
 from mcruntime.errors import InputError
 from mcruntime.server.app import App
 from mcruntime.server.grpc_calls import Bridge
-from mcruntime.server.grpc_door import Door
+from mcruntime.server.grpc_door import RESERVED, Door
 from mcruntime.server.grpc_health import Health, Reflection
 from mcruntime.server.grpc_service import Service
 from mcruntime.server.grpc_threads import Threads
@@ -30,7 +30,6 @@ GATHER_S = 0.15  # in which clients that ask without end are gathered, so that a
 QUIET_S = 0.05  # without a call, after which nobody more is expected to ask
 GRACE_S = 0.6  # for answers on their way, once nothing is in flight
 IDLE_S = 600.0  # after which a connection without calls is closed; clients open another by themselves
-RESERVED = 16  # calls beyond the limit, kept for those who ask whether the server lives
 
 
 class GrpcServer:

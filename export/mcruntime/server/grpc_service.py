@@ -17,7 +17,7 @@ from mcruntime.server.app import EXTENSIONS, VERSION, App, refuse_control, refus
 from mcruntime.server.body import Lease
 from mcruntime.server.config import model_config
 from mcruntime.server.errors import NotFoundError, RequestError, UnavailableError
-from mcruntime.server.grpc_calls import GOODBYE, INFER, STREAM, WORK, Bridge, Call, fail
+from mcruntime.server.grpc_calls import GOODBYE, INFER, NO_KEY, STREAM, WORK, Bridge, Call, fail, headers_of
 from mcruntime.server.grpc_health import is_ready
 from mcruntime.server.grpc_protocol import format_infer, parse_infer, read_message
 from mcruntime.server.models import Model
@@ -133,6 +133,9 @@ class Service:
         call = Call(STREAM, context, self._app)
         message = request_class()
         try:
+            keys = self._app.keys
+            if keys is not None and not keys.allow(headers_of(context.invocation_metadata())):  # read again meanwhile
+                raise RequestError(NO_KEY, 401)
             message = read_message(request_class, data)
             with self._accepted(call, data):
                 chosen, asked = self._asked(message, call)

@@ -63,7 +63,7 @@ class Lane:
         Args:
             headers: names in lower case.
             body: all of it; not to be changed until the answer is there.
-            is_alone: no other connection has sent anything lately, so there is nothing to be batched with.
+            is_alone: hardly any other connection has sent anything lately, so there is nothing to be batched with.
 
         Returns:
             True: it is answered. False: it must go the long way, perhaps to be refused there.

@@ -262,20 +262,21 @@ class DrainingServer(uvicorn.Server):
                 if keys is not None:
                     await self._attempt(keys.read_again, f"the keys of {path} are those that hold")
             if self.config.ssl is not None:
-                await self._attempt(self._read_certificate, f"new connections get {self._options.tls_cert}")
+                await self._attempt(self._read_certificate)
                 await self._replace_certificate()
         await self._app.models.reload()
         if self._shadows is not None:
             await self._shadows.reload(self._app.models)
 
-    async def _attempt(self, work: Callable[[], None], words: str) -> None:
-        """Do what may fail in a thread, and log what came of it."""
+    async def _attempt(self, work: Callable[[], None], words: str = "") -> None:
+        """Do what may fail in a thread, and log what came of it; "": that it went well is logged later."""
         try:
             await asyncio.to_thread(work)
         except McdeployError as error:
             logger.error("what was there before stays: %s", error)
         else:
-            logger.info("read again: %s", words)
+            if words:
+                logger.info("read again: %s", words)
 
     def _read_certificate(self) -> None:
         fresh = tls_context(self._options)
@@ -289,8 +290,14 @@ class DrainingServer(uvicorn.Server):
         fresh, self._fresh_tls = self._fresh_tls, None
         if fresh is None or self._app.draining:
             return
-        self.config.ssl = fresh
-        before, self.servers = self.servers, [await self._take_from(sock) for sock in self._sockets]
+        old, self.config.ssl = self.config.ssl, fresh
+        try:
+            before, self.servers = self.servers, [await self._take_from(sock) for sock in self._sockets]
+        except OSError as error:  # too many open files, say
+            self.config.ssl = old
+            logger.error("new connections get the old certificate: %s", error.strerror)
+            return
+        logger.info("read again: new connections get %s", self._options.tls_cert)
         for server in before:  # closes a handle; who waits in the socket's queue stays there
             server.close()
 
