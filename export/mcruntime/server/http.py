@@ -272,6 +272,7 @@ class HttpProtocol(HttpToolsProtocol):
             return
         if before == IDLE:
             self._phase, self._since, self._head_bytes = HEAD, self.loop.time(), 0
+            self._late_since = -1.0  # of another phase, though the clock may say the same
         self._chunk = data if self._is_between else b""
         self._chunk_bytes = size
         try:
